@@ -1,0 +1,97 @@
+// Bit-packed masks. Bound by reading and writing the tensor; the mask adds one bit an element.
+// apply() looks at eight elements' bits at once: a byte of ones costs no access to the tensor at
+// all, so a dense region is skipped and a pruned one is written once.
+// Compiled once per instruction set; no torch header, no static data (see cmake/op.cmake).
+#include <algorithm>
+#include <cstring>
+
+#include "mask/mask.h"
+
+namespace secateur::mask::SECATEUR_ISA {
+namespace {
+
+// Eight bools, each 0 or 1, to the bits of one byte: the product moves byte i's low bit to bit
+// 56 + i.
+inline uint8_t gather_bits(uint64_t bools) {
+  return static_cast<uint8_t>((bools & 0x0101010101010101u) * 0x0102040810204080u >> 56);
+}
+
+// Where logical element `index` of `t` lies, in elements, and how many follow it in its last
+// dimension.
+struct Position {
+  int64_t offset;
+  int64_t remaining;
+};
+
+inline Position locate(const View& t, int64_t index) {
+  const int last = t.ndim - 1;
+  const int64_t inner = index % t.size[last];
+  Position p{inner * t.stride[last], t.size[last] - inner};
+  index /= t.size[last];
+  for (int d = last - 1; d >= 0; --d) {
+    p.offset += index % t.size[d] * t.stride[d];
+    index /= t.size[d];
+  }
+  return p;
+}
+
+template <typename T>
+void apply_elements(const View& t, int64_t numel, const uint8_t* bits, int64_t begin, int64_t end) {
+  T* const data = static_cast<T*>(t.data);
+  const int64_t stride = t.stride[t.ndim - 1];
+  const int64_t stop = std::min(end * 8, numel);
+  for (int64_t index = begin * 8; index < stop;) {
+    const Position p = locate(t, index);
+    T* const row = data + p.offset;
+    const int64_t count = std::min(p.remaining, stop - index);
+    int64_t i = 0;
+    while (i < count) {
+      const int64_t at = index + i;
+      if (at % 8 == 0 && count - i >= 8) {
+        const uint8_t alive = bits[at / 8];
+        if (alive == 0) {
+          for (int j = 0; j < 8; ++j) row[(i + j) * stride] = T{0};
+        } else if (alive != 0xff) {
+          for (int j = 0; j < 8; ++j)
+            if (!(alive >> j & 1)) row[(i + j) * stride] = T{0};
+        }
+        i += 8;
+      } else {
+        if (!(bits[at / 8] >> (at % 8) & 1)) row[i * stride] = T{0};
+        ++i;
+      }
+    }
+    index += count;
+  }
+}
+
+}  // namespace
+
+void pack(const uint8_t* bools, int64_t numel, uint8_t* bits, int64_t begin, int64_t end) {
+  for (int64_t byte = begin; byte < end; ++byte) {
+    uint64_t eight = 0;
+    std::memcpy(&eight, bools + byte * 8, std::min<int64_t>(8, numel - byte * 8));
+    bits[byte] = gather_bits(eight);
+  }
+}
+
+void unpack(const uint8_t* bits, int64_t numel, uint8_t* bools, int64_t begin, int64_t end) {
+  for (int64_t byte = begin; byte < end; ++byte) {
+    uint8_t eight[8];
+    for (int j = 0; j < 8; ++j) eight[j] = bits[byte] >> j & 1;
+    std::memcpy(bools + byte * 8, eight, std::min<int64_t>(8, numel - byte * 8));
+  }
+}
+
+void apply(const View& tensor, int64_t numel, const uint8_t* bits, int64_t begin, int64_t end) {
+  switch (tensor.element_size) {  // zero is all bits clear in every dtype, so the size is enough
+    case 2:
+      return apply_elements<uint16_t>(tensor, numel, bits, begin, end);
+    case 4:
+      return apply_elements<uint32_t>(tensor, numel, bits, begin, end);
+    default:
+      return apply_elements<uint64_t>(tensor, numel, bits, begin, end);
+  }
+}
+
+}  // namespace secateur::mask::SECATEUR_ISA

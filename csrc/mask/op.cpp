@@ -1,0 +1,103 @@
+#include "mask/mask.h"
+
+#include <vector>
+
+#include "common/torch.h"
+
+namespace secateur::mask {
+namespace {
+
+// Threads take whole bytes of the mask, so no two write one byte.
+constexpr int64_t kGrainBytes = 4096;
+
+int64_t byte_count(int64_t numel) { return (numel + 7) / 8; }
+
+const uint8_t* bytes(const Tensor& t) { return static_cast<const uint8_t*>(t.const_data_ptr()); }
+uint8_t* mutable_bytes(const Tensor& t) { return static_cast<uint8_t*>(t.mutable_data_ptr()); }
+
+void check_bits(const char* op, const Tensor& bits, int64_t numel) {
+  STD_TORCH_CHECK(bits.scalar_type() == ScalarType::Byte, op, ": expected bits to be uint8, got ",
+                  bits.scalar_type());
+  STD_TORCH_CHECK(bits.is_contiguous() && bits.numel() == byte_count(numel), op, ": expected ",
+                  byte_count(numel), " contiguous bytes of mask for ", numel, " elements, got ",
+                  bits.numel());
+}
+
+View view_of(const Tensor& t) {
+  View view{t.mutable_data_ptr(), static_cast<int64_t>(t.element_size()), 0, {}, {}};
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    if (t.size(d) == 1) continue;
+    const int last = view.ndim - 1;
+    if (view.ndim > 0 && view.stride[last] == t.size(d) * t.stride(d)) {
+      view.size[last] *= t.size(d);
+      view.stride[last] = t.stride(d);
+      continue;
+    }
+    STD_TORCH_CHECK(view.ndim < kMaxDims, "mask_: expected at most ", kMaxDims,
+                    " dimensions that cannot be merged, got a tensor of ", t.dim(), " dimensions");
+    view.size[view.ndim] = t.size(d);
+    view.stride[view.ndim++] = t.stride(d);
+  }
+  if (view.ndim == 0) view.size[0] = view.stride[0] = view.ndim = 1;
+  return view;
+}
+
+Tensor pack_cpu(const Tensor& mask) {
+  STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool,
+                  "pack_mask: expected mask to be bool, got ", mask.scalar_type());
+  const Tensor source = torch::stable::contiguous(mask);
+  const int64_t numel = mask.numel();
+  Tensor bits = torch::stable::new_empty(mask, {byte_count(numel)}, ScalarType::Byte);
+  if (numel == 0) return bits;
+  Pack* run = SECATEUR_FOR_ISA(pack);
+  torch::stable::parallel_for(0, byte_count(numel), kGrainBytes, [&](int64_t begin, int64_t end) {
+    run(bytes(source), numel, mutable_bytes(bits), begin, end);
+  });
+  return bits;
+}
+
+Tensor unpack_cpu(const Tensor& bits, std::vector<int64_t> shape) {
+  int64_t numel = 1;
+  for (const int64_t size : shape) numel *= size;
+  check_bits("unpack_mask", bits, numel);
+  Tensor mask = torch::stable::new_empty(bits, shape, ScalarType::Bool);
+  if (numel == 0) return mask;
+  Unpack* run = SECATEUR_FOR_ISA(unpack);
+  torch::stable::parallel_for(0, byte_count(numel), kGrainBytes, [&](int64_t begin, int64_t end) {
+    run(bytes(bits), numel, mutable_bytes(mask), begin, end);
+  });
+  return mask;
+}
+
+void apply_cpu(std::vector<Tensor> tensors, std::vector<Tensor> bits) {
+  STD_TORCH_CHECK(tensors.size() == bits.size(), "mask_: expected one mask a tensor, got ",
+                  tensors.size(), " tensors and ", bits.size(), " masks");
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    dtype_of(tensors[i], "mask_", "tensors");
+    check_bits("mask_", bits[i], tensors[i].numel());
+  }
+  Apply* run = SECATEUR_FOR_ISA(apply);
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const int64_t numel = tensors[i].numel();
+    if (numel == 0) continue;
+    const View view = view_of(tensors[i]);
+    torch::stable::parallel_for(
+        0, byte_count(numel), kGrainBytes,
+        [&](int64_t begin, int64_t end) { run(view, numel, bytes(bits[i]), begin, end); });
+  }
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(secateur, m) {
+  m.def("pack_mask(Tensor mask) -> Tensor");
+  m.def("unpack_mask(Tensor bits, int[] shape) -> Tensor");
+  m.def("mask_(Tensor(a!)[] tensors, Tensor[] bits) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(secateur, CPU, m) {
+  m.impl("pack_mask", TORCH_BOX(&pack_cpu));
+  m.impl("unpack_mask", TORCH_BOX(&unpack_cpu));
+  m.impl("mask_", TORCH_BOX(&apply_cpu));
+}
+
+}  // namespace secateur::mask

@@ -1,0 +1,83 @@
+// secateur._C: importing it registers torch.ops.secateur.*. What it exposes itself is what is not
+// a tensor op: the choice of instruction set and build information.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "common/isa.h"
+
+namespace {
+
+using secateur::Isa;
+
+struct Level {
+  const char* name;
+  Isa isa;
+  bool supported;
+};
+
+// Ascending; every level includes the ones before it.
+std::vector<Level> levels() {
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  return {{"BASE", Isa::BASE, true},
+          {"AVX2", Isa::AVX2, avx2},
+          {"AVX512", Isa::AVX512, avx512},
+          {"AVX512_BF16", Isa::AVX512_BF16, bf16}};
+#else
+  return {{"BASE", Isa::BASE, true}};
+#endif
+}
+
+std::vector<std::string> supported() {
+  std::vector<std::string> names;
+  for (const Level& level : levels())
+    if (level.supported) names.emplace_back(level.name);
+  return names;
+}
+
+void set_isa(const std::string& name) {
+  std::string expected;
+  for (const Level& level : levels()) {
+    if (!level.supported) continue;
+    if (name == level.name) {
+      secateur::current_isa = level.isa;
+      return;
+    }
+    expected += (expected.empty() ? "" : ", ") + std::string(level.name);
+  }
+  throw pybind11::value_error("expected an instruction set this CPU has (" + expected +
+                              "), got '" + name + "'");
+}
+
+std::string isa() {
+  for (const Level& level : levels())
+    if (level.isa == secateur::current_isa) return level.name;
+  return "BASE";
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "secateur's compiled half: importing it registers torch.ops.secateur";
+  m.def("supported_isas", &supported, "Instruction sets of this build that this CPU can run.");
+  m.def("isa", &isa, "The instruction set whose kernels run now.");
+  m.def("set_isa", &set_isa, pybind11::arg("name"), "Choose the instruction set of the kernels.");
+  m.def(
+      "build_info",
+      [] {
+        pybind11::dict info;
+        info["version"] = SECATEUR_VERSION;
+        info["torch"] = SECATEUR_TORCH_VERSION;
+        info["compiler"] = __VERSION__;
+        return info;
+      },
+      "Versions this binary was built with.");
+}

@@ -1,0 +1,164 @@
+"""Bit-packed masks: one bit a weight, 1 = alive. Element i is bit i % 8 of byte i // 8."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from secateur.ops._spec import OpSpec, Sample
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """Pack a bool mask into bits.
+
+    Args:
+        mask: bool, any shape and strides.
+
+    Returns:
+        uint8 of shape ``(ceil(mask.numel() / 8),)``, in logical (row-major) order; the unused bits
+        of the last byte are 0.
+
+    Raises:
+        TypeError: ``mask`` is not bool.
+
+    Equivalent to:
+        ``numpy.packbits(mask.flatten(), bitorder="little")``
+    """
+    if mask.dtype != torch.bool:
+        raise TypeError(f"expected mask to be torch.bool, got {mask.dtype}")
+    return torch.ops.secateur.pack_mask(mask)
+
+
+def unpack_mask(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    """Unpack bits into a bool mask: the inverse of :func:`pack_mask`.
+
+    Args:
+        bits: uint8 of shape ``(ceil(n / 8),)`` where n is the product of ``shape``.
+        shape: the mask's shape.
+
+    Returns:
+        bool of shape ``shape``.
+
+    Raises:
+        ValueError: ``bits`` is not what ``shape`` needs.
+
+    Equivalent to:
+        ``numpy.unpackbits(bits, count=n, bitorder="little").reshape(shape)``
+    """
+    numel = torch.Size(shape).numel()
+    if bits.dtype != torch.uint8 or bits.shape != ((numel + 7) // 8,):
+        raise ValueError(
+            f"expected {(numel + 7) // 8} bytes (uint8) for a mask of shape {tuple(shape)}, "
+            f"got {bits.dtype} of shape {tuple(bits.shape)}"
+        )
+    return torch.ops.secateur.unpack_mask(bits.contiguous(), list(shape))
+
+
+def mask_(tensors: Sequence[Tensor], bits: Sequence[Tensor]) -> None:
+    """Set the dead elements of each tensor to +0.0, in place; NaN and infinity included.
+
+    Args:
+        tensors: floating point, any shape and strides; weights, gradients or optimizer moments.
+        bits: for each tensor its mask from :func:`pack_mask`.
+
+    Raises:
+        ValueError: a mask does not fit its tensor, or the counts differ. Nothing is changed then.
+
+    Equivalent to:
+        ``for t, b in zip(tensors, bits): t.masked_fill_(~unpack_mask(b, t.shape), 0)``
+    """
+    if len(tensors) != len(bits):
+        raise ValueError(
+            f"expected one mask a tensor, got {len(tensors)} tensors and {len(bits)} masks"
+        )
+    for i, (t, b) in enumerate(zip(tensors, bits, strict=True)):
+        if b.dtype != torch.uint8 or b.shape != ((t.numel() + 7) // 8,) or b.device != t.device:
+            raise ValueError(
+                f"expected bits[{i}] to be {(t.numel() + 7) // 8} bytes (uint8) on {t.device} for "
+                f"a tensor of shape {tuple(t.shape)}, got {b.dtype} of shape {tuple(b.shape)} on "
+                f"{b.device}"
+            )
+    with torch.no_grad():
+        torch.ops.secateur.mask_(list(tensors), list(bits))
+    # Ops of the stable ABI do not do this themselves.
+    torch.autograd.graph.increment_version(tensors)
+
+
+@torch.library.register_fake("secateur::pack_mask")
+def _(mask: Tensor) -> Tensor:
+    return mask.new_empty(((mask.numel() + 7) // 8,), dtype=torch.uint8)
+
+
+@torch.library.register_fake("secateur::unpack_mask")
+def _(bits: Tensor, shape: list[int]) -> Tensor:
+    return bits.new_empty(shape, dtype=torch.bool)
+
+
+@torch.library.register_fake("secateur::mask_")
+def _(tensors: list[Tensor], bits: list[Tensor]) -> None:
+    return None
+
+
+def pack_mask_reference(mask: Tensor) -> Tensor:
+    flat = mask.flatten()
+    padded = torch.cat([flat, flat.new_zeros(-flat.numel() % 8)]).view(-1, 8).to(torch.uint8)
+    return (padded << torch.arange(8, device=mask.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack_mask_reference(bits: Tensor, shape: list[int]) -> Tensor:
+    flat = (bits[:, None] >> torch.arange(8, device=bits.device) & 1).flatten().bool()
+    return flat[: torch.Size(shape).numel()].view(shape)
+
+
+def mask_reference_(tensors: list[Tensor], bits: list[Tensor]) -> None:
+    for t, b in zip(tensors, bits, strict=True):
+        t.masked_fill_(~unpack_mask_reference(b, list(t.shape)), 0)
+
+
+_SHAPES = ((), (0,), (1,), (7,), (8,), (5, 13), (64, 48), (3, 0, 4), (17, 3, 5), (70001,))
+
+
+def _masks(device: torch.device) -> Iterator[Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    for shape in _SHAPES:
+        yield torch.rand(shape, generator=generator, device=device) < 0.5
+    yield (torch.rand(6, 10, generator=generator, device=device) < 0.5).t()
+
+
+def _pack_samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
+    for mask in _masks(device):
+        yield Sample(f"{tuple(mask.shape)}", (mask,))
+
+
+def _unpack_samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
+    for mask in _masks(device):
+        yield Sample(f"{tuple(mask.shape)}", (pack_mask_reference(mask), list(mask.shape)))
+
+
+def _mask_samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
+    generator = torch.Generator(device).manual_seed(1)
+    tensors, bits = [], []
+    for mask in _masks(device):
+        t = torch.randn(mask.shape, generator=generator, device=device).to(dtype)
+        tensors.append(t)
+        bits.append(pack_mask_reference(mask))
+    yield Sample("list", (tensors, bits))
+    yield Sample("none", ([], []))
+    bad = torch.tensor([float("nan"), float("inf"), -0.0, -1.0], device=device, dtype=dtype)
+    yield Sample("nan", ([bad], [torch.tensor([0b0100], dtype=torch.uint8, device=device)]))
+    wide = torch.randn(9, 40, generator=generator, device=device).to(dtype)
+    keep = torch.rand(20, 9, generator=generator, device=device) < 0.3
+    yield Sample("strided", ([wide[:, ::2].t()], [pack_mask_reference(keep)]))
+    conv = torch.randn(4, 6, 3, 3, generator=generator, device=device).to(dtype)
+    conv = conv.to(memory_format=torch.channels_last)
+    keep = torch.rand(4, 6, 3, 3, generator=generator, device=device) < 0.3
+    yield Sample("channels_last", ([conv], [pack_mask_reference(keep)]))
+
+
+SPECS = (
+    OpSpec("pack_mask", pack_mask_reference, _pack_samples, dtypes=(torch.bool,), exact=True),
+    OpSpec("unpack_mask", unpack_mask_reference, _unpack_samples, dtypes=(torch.bool,), exact=True),
+    OpSpec("mask_", mask_reference_, _mask_samples, exact=True),
+)

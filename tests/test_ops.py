@@ -1,0 +1,114 @@
+"""Every op of SPECS against its reference, on every device and instruction set."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from secateur import _C, ops
+from secateur.ops._spec import OpSpec
+
+CPU = torch.device("cpu")
+
+# One table for all ops: relative error against the largest magnitude of the result, which is what
+# a reduction in another order costs in each dtype.
+TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 2e-6,
+    torch.float16: 1e-3,  # half an ulp at store
+    torch.bfloat16: 8e-3,
+}
+
+CASES = [
+    pytest.param(spec, dtype, id=f"{spec.name}-{str(dtype).removeprefix('torch.')}")
+    for spec in ops.SPECS
+    for dtype in spec.dtypes
+]
+
+
+@pytest.fixture(params=_C.supported_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = _C.isa()
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(before)
+
+
+def check_close(actual: Any, expected: Any, exact: bool, case: str) -> None:
+    actual, expected = tree_flatten(actual)[0], tree_flatten(expected)[0]
+    assert len(actual) == len(expected), case
+    for a, e in zip(actual, expected, strict=True):
+        if not isinstance(e, torch.Tensor):
+            assert a == e, case
+            continue
+        assert a.shape == e.shape, case
+        assert a.dtype == e.dtype, case
+        if exact or not e.is_floating_point():
+            assert torch.equal(a, e), case
+        elif e.numel():
+            scale = e.abs().amax().double().clamp(min=1e-30).item()
+            tolerance = TOLERANCE[e.dtype]
+            torch.testing.assert_close(
+                a, e, rtol=tolerance, atol=tolerance * scale, msg=lambda m: f"{case}: {m}"
+            )
+
+
+@pytest.mark.parametrize(("spec", "dtype"), CASES)
+def test_matches_reference(spec: OpSpec, dtype: torch.dtype, isa: str) -> None:
+    samples = list(spec.samples(dtype, CPU))
+    assert samples
+    for sample in samples:
+        ours, theirs = sample.args, copy.deepcopy(sample.args)
+        got, want = spec.op(*ours), spec.reference(*theirs)
+        check_close((got, ours), (want, theirs), spec.exact, sample.name)
+
+
+@pytest.mark.parametrize(("spec", "dtype"), CASES)
+def test_thread_count_does_not_matter(spec: OpSpec, dtype: torch.dtype) -> None:
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        args = [copy.deepcopy(s.args) for s in spec.samples(dtype, CPU)]
+        results.append(([spec.op(*a) for a in args], args))
+    torch.set_num_threads(threads)
+    check_close(results[1], results[0], exact=True, case="1 and 2 threads")
+
+
+@pytest.mark.parametrize("spec", ops.SPECS, ids=lambda spec: spec.name)
+def test_opcheck(spec: OpSpec) -> None:
+    dtype = spec.dtypes[0]
+    for sample in spec.samples(dtype, CPU):
+        args = sample.args
+        if spec.differentiable:
+            args = tree_map_only(
+                torch.Tensor,
+                lambda t: t.detach().requires_grad_(t.is_floating_point()),
+                args,
+            )
+        with warnings.catch_warnings():
+            # opcheck looks at .grad of the outputs it has just made, which are not leaves.
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not")
+            torch.library.opcheck(spec.op, args)
+
+
+DIFFERENTIABLE = [spec for spec in ops.SPECS if spec.differentiable]
+
+
+@pytest.mark.parametrize("spec", DIFFERENTIABLE, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("second", [False, True], ids=["gradcheck", "gradgradcheck"])
+def test_gradients(spec: OpSpec, second: bool) -> None:
+    check = torch.autograd.gradgradcheck if second else torch.autograd.gradcheck
+    for sample in spec.samples(torch.float64, CPU):
+        args = tree_map_only(
+            torch.Tensor, lambda t: t.detach().requires_grad_(t.is_floating_point()), sample.args
+        )
+        size = sum(t.numel() for t in tree_flatten(args)[0] if isinstance(t, torch.Tensor))
+        if size <= 600:  # finite differences: quadratic in the size
+            assert check(spec.op, args), sample.name
