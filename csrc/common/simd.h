@@ -57,7 +57,8 @@ inline Vec<Compute<T>, N> load(const T* p) {
 #if defined(__AVX512F__)
     if constexpr (N == 16)
       return reinterpret_cast<Vec<float, N>>(
-          _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+          // Not _mm512_cvtph_ps: GCC 12 warns of the undefined register in its header.
+          _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 #endif
 #if defined(__F16C__)
     if constexpr (N % 8 == 0) {
@@ -88,6 +89,31 @@ inline void store(T* p, Vec<Compute<T>, N> v) {
 template <typename V, typename T>
 inline V broadcast(T x) {
   return V{} + x;
+}
+
+// Bit i is set where lane i of a comparison's result is true; N lanes make one machine vector.
+template <int N, typename T>
+inline uint32_t bits_of(Vec<T, N> truth) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(truth) == 64 && sizeof(T) == 4)
+    return _mm512_movepi32_mask(reinterpret_cast<__m512i>(truth));
+  if constexpr (sizeof(truth) == 64 && sizeof(T) == 8)
+    return _mm512_movepi64_mask(reinterpret_cast<__m512i>(truth));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(truth) == 32 && sizeof(T) == 4)
+    return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(truth)));
+  if constexpr (sizeof(truth) == 32 && sizeof(T) == 8)
+    return static_cast<uint32_t>(_mm256_movemask_pd(reinterpret_cast<__m256d>(truth)));
+#elif defined(__x86_64__)
+  if constexpr (sizeof(truth) == 16 && sizeof(T) == 4)
+    return static_cast<uint32_t>(_mm_movemask_ps(reinterpret_cast<__m128>(truth)));
+  if constexpr (sizeof(truth) == 16 && sizeof(T) == 8)
+    return static_cast<uint32_t>(_mm_movemask_pd(reinterpret_cast<__m128d>(truth)));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < N; ++i) bits |= static_cast<uint32_t>(truth[i] & 1) << i;
+  return bits;
+#endif
 }
 
 }  // namespace

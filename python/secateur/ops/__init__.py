@@ -14,19 +14,24 @@ _C.set_isa(
 
 from secateur.ops import mask as _mask  # noqa: E402
 from secateur.ops import score as _score  # noqa: E402
+from secateur.ops import topk as _topk  # noqa: E402
 from secateur.ops._spec import OpSpec  # noqa: E402
 from secateur.ops.mask import mask_, pack_mask, unpack_mask  # noqa: E402
 from secateur.ops.score import FORMULAS, observe_, score, score_update_  # noqa: E402
+from secateur.ops.topk import NonFiniteScoreError, select, topk_mask  # noqa: E402
 
-SPECS: tuple[OpSpec, ...] = (*_mask.SPECS, *_score.SPECS)
+SPECS: tuple[OpSpec, ...] = (*_mask.SPECS, *_score.SPECS, *_topk.SPECS)
 
 __all__ = [
     "FORMULAS",
     "SPECS",
+    "NonFiniteScoreError",
     "mask_",
     "observe_",
     "pack_mask",
     "score",
     "score_update_",
+    "select",
+    "topk_mask",
     "unpack_mask",
 ]
