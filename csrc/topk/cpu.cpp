@@ -348,8 +348,8 @@ void after_sample(Search& s) {
         static_cast<int64_t>(std::min(4 * __builtin_sqrt(n * share * (1 - share)), room)) + 1;
     const int64_t rank = static_cast<int64_t>(n * share);
     int64_t best = rank - margin, worst = rank + margin;
-    if (best >= 1) high = kth(keys, s.pooled, low, high, best);
-    if (worst <= s.pooled) low = kth(keys, s.pooled, low, high, worst);
+    if (worst <= s.pooled) low = kth(keys, s.pooled, kLowest<K>, kHighest<K>, worst);
+    if (best >= 1) high = kth(keys, s.pooled, kLowest<K>, kHighest<K>, best);
   }
   go_sweep(s, low, high);
 }
