@@ -12,10 +12,12 @@ _C.set_isa(
     os.environ.get("SECATEUR_ISA") or _BEST.get(torch.backends.cpu.get_cpu_capability(), "BASE")
 )
 
+from secateur.ops import block_sparse as _block_sparse  # noqa: E402
 from secateur.ops import mask as _mask  # noqa: E402
 from secateur.ops._spec import OpSpec  # noqa: E402
+from secateur.ops.block_sparse import block_sparse_linear  # noqa: E402
 from secateur.ops.mask import mask_, pack_mask, unpack_mask  # noqa: E402
 
-SPECS: tuple[OpSpec, ...] = (*_mask.SPECS,)
+SPECS: tuple[OpSpec, ...] = (*_block_sparse.SPECS, *_mask.SPECS)
 
-__all__ = ["SPECS", "mask_", "pack_mask", "unpack_mask"]
+__all__ = ["SPECS", "block_sparse_linear", "mask_", "pack_mask", "unpack_mask"]
