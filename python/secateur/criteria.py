@@ -287,6 +287,7 @@ class Random(Criterion):
 
     Raises:
         TypeError: ``seed`` is not a whole number.
+        ValueError: ``ema`` is given: there is nothing to average.
 
     Equivalent to:
         ``torch.rand_like(w)``
@@ -300,6 +301,8 @@ class Random(Criterion):
         super().__post_init__()
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise TypeError(f"expected seed to be an int, got {self.seed!r}")
+        if self.ema is not None:
+            raise ValueError(f"expected no ema of random scores, got {self.ema!r}")
 
     def seed_of(self, step: int, layer: int) -> int:
         # Odd multipliers keep (seed, step, layer) apart; the kernel's hash does the mixing.
