@@ -8,22 +8,27 @@ from secateur import _C
 from secateur.ops import block_sparse as _block_sparse
 from secateur.ops import mask as _mask
 from secateur.ops import score as _score
+from secateur.ops import topk as _topk
 from secateur.ops._spec import OpSpec
 from secateur.ops.block_sparse import block_sparse_linear
 from secateur.ops.mask import mask_, pack_mask, unpack_mask
 from secateur.ops.score import FORMULAS, observe_, score, score_update_
+from secateur.ops.topk import NonFiniteScoreError, select, topk_mask
 
-SPECS: tuple[OpSpec, ...] = (*_mask.SPECS, *_score.SPECS, *_block_sparse.SPECS)
+SPECS: tuple[OpSpec, ...] = (*_mask.SPECS, *_score.SPECS, *_topk.SPECS, *_block_sparse.SPECS)
 
 __all__ = [
     "FORMULAS",
     "SPECS",
+    "NonFiniteScoreError",
     "block_sparse_linear",
     "mask_",
     "observe_",
     "pack_mask",
     "score",
     "score_update_",
+    "select",
+    "topk_mask",
     "unpack_mask",
 ]
 

@@ -118,8 +118,8 @@ def score_update_(
 ) -> Tensor:
     """Average what a formula observes into ``state``, and score by the average, in one pass.
 
-    ``state <- decay * state + gain * observe(weight, grad)``, then ``finish(state, weight)`` reduced
-    to blocks. The other arguments, the result and the errors are those of :func:`score`;
+    ``state <- decay * state + gain * observe(weight, grad)``, then ``finish(state, weight)``
+    reduced to blocks. The other arguments, the result and the errors are those of :func:`score`;
     ``normalizer`` serves ``"entropy"`` only; ``"random"`` is not a measurement and is refused.
 
     Equivalent to:
@@ -364,10 +364,8 @@ def elements_reference(
     """Scores per element, in the shape of ``weight`` and the compute dtype."""
     dtype = compute_dtype(weight.dtype)
     w, g = weight.to(dtype), None if grad is None else grad.to(dtype)
-    if state is None:
-        x = observe_reference(w, g, formula, normalizer, seed)
-    else:
-        x = state / normalizer
+    observed = state is None
+    x = observe_reference(w, g, formula, normalizer, seed) if observed else state / normalizer
     return x * (w * w) * 0.5 if formula == "obd" else x
 
 
@@ -467,9 +465,7 @@ def _score_samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]
     for name, w, g, _ in cases:
         for i, block in enumerate(_BLOCKS):
             reduce = REDUCTIONS[i % 4]
-            yield Sample(
-                f"{name} {block} {reduce}", (w, g, None, "taylor", *block, reduce, 1.0, 0)
-            )
+            yield Sample(f"{name} {block} {reduce}", (w, g, None, "taylor", *block, reduce, 1.0, 0))
     name, w, g, s = cases[5]
     for formula in FORMULAS:
         yield Sample(formula, (w, g, None, formula, 1, 1, "mean", 50.0, 7))
