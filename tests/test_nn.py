@@ -140,6 +140,24 @@ def test_shared_and_special_layers_stay_dense() -> None:
     assert isinstance(model.attention.out_proj, nn.Linear)
 
 
+def test_a_module_with_two_names_is_replaced_under_both() -> None:
+    model = make_model(16)
+    model.append(nn.Linear(64, 96))
+    model.append(model[0])
+    secateur.sparsify(model)
+    assert isinstance(model[0], BlockSparseLinear)
+    assert model[4] is model[0]
+
+
+def test_frozen_layers_need_no_optimizer() -> None:
+    model = make_model(16).requires_grad_(False)
+    model[2].weight.requires_grad_(True)
+    optimizer = torch.optim.SGD([model[2].weight], lr=0.1)
+    secateur.sparsify(model, optimizer)
+    assert not model[0].values.requires_grad
+    assert optimizer.param_groups[0]["params"] == [model[2].values]
+
+
 def test_nothing_to_gain_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"got the model \(density 1.000\)"):
         secateur.sparsify(nn.Linear(64, 64))

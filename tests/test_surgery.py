@@ -51,7 +51,7 @@ def test_a_parameter_is_replaced_in_place_with_its_state() -> None:
 
 
 def test_a_stranger_is_refused() -> None:
-    model, optimizer = trained(torch.optim.SGD)
+    _, optimizer = trained(torch.optim.SGD)
     stranger = nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match=r"got a parameter of shape \(3,\)"):
         surgery.replace_parameter(optimizer, stranger, stranger, lambda t: t)

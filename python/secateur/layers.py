@@ -108,13 +108,12 @@ class Layer:
 
 def _unwrap(model: nn.Module) -> nn.Module:
     """The user's own module inside DataParallel, DistributedDataParallel and torch.compile."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
-        else:
-            return model
+    inner: object = model
+    while isinstance(inner, nn.Module):
+        model = inner
+        wrapped = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+        inner = model.module if wrapped else getattr(model, "_orig_mod", None)
+    return model
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter, str]]:

@@ -70,7 +70,7 @@ class BlockSparseLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockSparseLinear:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own
         self._pattern = self._pattern.to(self.values.device).with_values(self.values.detach())
         return self
 
@@ -112,49 +112,29 @@ def sparsify(
         ValueError: no layer would change (with the density of each), or the optimizer does not hold
             a weight. Nothing is changed then.
     """
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    chosen: list[tuple[str, nn.Linear, BlockSparse, Tensor]] = []
-    stay_dense = []
-    for name, module in model.named_modules():
-        # Subclasses are left alone: their forward may do more (nn.MultiheadAttention's out_proj).
-        if type(module) is not nn.Linear or module.weight.numel() == 0:
-            continue
-        weight = module.weight.detach()
-        size = _best_block(weight) if block is None else block
-        mask = None if size is None else _live_blocks(weight, size)
-        if size is None or mask is None or bool(mask.all()) or owners[id(module.weight)] > 1:
-            density = weight.count_nonzero().item() / weight.numel()
-            stay_dense.append(f"{name or 'the model'} (density {density:.3f})")
-            continue
-        chosen.append((name, module, BlockSparse.from_dense(weight, size, mask), mask))
+    chosen, stay_dense = _plan(model, block)
     if not chosen:
         raise ValueError(
             "expected Linear layers with enough zeros to gain from block-sparse execution, got "
             + (", ".join(stay_dense) or "no Linear layer")
         )
     if optimizer is not None:
-        for name, module, _, _ in chosen:
-            if surgery.group_of(optimizer, module.weight) is None:
-                raise ValueError(
-                    f"expected the optimizer to hold the weights to be replaced, got one without "
-                    f"{name}.weight"
-                )
-    for name, module, sparse, mask in chosen:
-        layer = BlockSparseLinear(sparse, module.bias)
-        layer.values.requires_grad_(module.weight.requires_grad)
-        layer.train(module.training)
+        _check_held(optimizer, [(names[0], "weight", m.weight) for names, m, _, _ in chosen])
+    for names, module, size, mask in chosen:
+        weight = module.weight
+        sparse = BlockSparse.from_dense(weight.detach(), size, mask)
 
         def gather(t: Tensor, sparse: BlockSparse = sparse, mask: Tensor = mask) -> Tensor:
-            return BlockSparse.from_dense(t, sparse.block, mask).values
+            return BlockSparse.from_dense(t.detach(), sparse.block, mask).values
 
-        if module.weight.grad is not None:
-            layer.values.grad = gather(module.weight.grad)
-        if optimizer is not None:
-            surgery.replace_parameter(optimizer, module.weight, layer.values, gather)
-        model = _replace(model, name, layer)
+        layer = BlockSparseLinear(sparse, module.bias)
+        layer.values.requires_grad_(weight.requires_grad)
+        layer.train(module.training)
+        if weight.grad is not None:
+            layer.values.grad = gather(weight.grad)
+        if optimizer is not None and surgery.group_of(optimizer, weight) is not None:
+            surgery.replace_parameter(optimizer, weight, layer.values, gather)
+        model = _replace(model, names, layer)
     return model
 
 
@@ -172,48 +152,92 @@ def densify(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
         ValueError: there is no block-sparse layer, or the optimizer does not hold one's values.
             Nothing is changed then.
     """
-    chosen = [(n, m) for n, m in model.named_modules() if isinstance(m, BlockSparseLinear)]
+    chosen = [(names, m) for names, m in _modules(model) if isinstance(m, BlockSparseLinear)]
     if not chosen:
         raise ValueError("expected a model with BlockSparseLinear layers, got none")
     if optimizer is not None:
-        for name, module in chosen:
-            if surgery.group_of(optimizer, module.values) is None:
-                raise ValueError(
-                    f"expected the optimizer to hold the values to be replaced, got one without "
-                    f"{name}.values"
-                )
-    for name, module in chosen:
-        values, sparse = module.values, module.weight.with_values(module.values.detach())
-        layer = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-        layer.weight = nn.Parameter(sparse.to_dense(), requires_grad=values.requires_grad)
-        layer.bias = module.bias
-        layer.train(module.training)
+        _check_held(optimizer, [(names[0], "values", m.values) for names, m in chosen])
+    for names, module in chosen:
+        values, sparse = module.values, module.weight
 
         def scatter(t: Tensor, sparse: BlockSparse = sparse) -> Tensor:
-            return sparse.with_values(t).to_dense()
+            return sparse.with_values(t.detach()).to_dense()
 
+        layer = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+        layer.weight = nn.Parameter(scatter(values), requires_grad=values.requires_grad)
+        layer.bias = module.bias
+        layer.train(module.training)
         if values.grad is not None:
             layer.weight.grad = scatter(values.grad)
-        if optimizer is not None:
+        if optimizer is not None and surgery.group_of(optimizer, values) is not None:
             surgery.replace_parameter(optimizer, values, layer.weight, scatter)
-        model = _replace(model, name, layer)
+        model = _replace(model, names, layer)
     return model
 
 
-def _replace(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
-    if not name:
-        return layer
-    model.set_submodule(name, layer)
+def _modules(model: nn.Module) -> list[tuple[list[str], nn.Module]]:
+    """Every module with all the names it goes by; the root's is ""."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return [(names, module) for module, names in names.items()]
+
+
+_Conversion = tuple[list[str], nn.Linear, "int | tuple[int, int]", Tensor]
+"""Names of a layer, the layer, its block size and the mask of its live blocks."""
+
+
+def _plan(
+    model: nn.Module, block: int | tuple[int, int] | None
+) -> tuple[list[_Conversion], list[str]]:
+    """The layers to convert, and a description of each that stays dense."""
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    chosen: list[_Conversion] = []
+    stay_dense = []
+    for names, module in _modules(model):
+        # Subclasses are left alone: their forward may do more (nn.MultiheadAttention's out_proj).
+        if type(module) is not nn.Linear or module.weight.numel() == 0:
+            continue
+        weight = module.weight.detach()
+        size = _best_block(weight) if block is None else block
+        if size is not None and owners[id(module.weight)] == 1:
+            mask = _live_blocks(weight, size)
+            if not mask.all():
+                chosen.append((names, module, size, mask))
+                continue
+        density = weight.count_nonzero().item() / weight.numel()
+        stay_dense.append(f"{names[0] or 'the model'} (density {density:.3f})")
+    return chosen, stay_dense
+
+
+def _check_held(optimizer: Optimizer, parameters: list[tuple[str, str, Tensor]]) -> None:
+    for module, leaf, parameter in parameters:
+        if parameter.requires_grad and surgery.group_of(optimizer, parameter) is None:
+            raise ValueError(
+                "expected the optimizer to hold every parameter that is replaced, got one without "
+                f"{module}.{leaf}"
+            )
+
+
+def _replace(model: nn.Module, names: list[str], layer: nn.Module) -> nn.Module:
+    """Put ``layer`` in the place of the module of these names; returns the new root."""
+    for name in names:
+        if not name:
+            return layer
+        model.set_submodule(name, layer)
     return model
 
 
 def _live_blocks(weight: Tensor, block: int | tuple[int, int]) -> Tensor:
     """bool (ceil(N / rows), ceil(K / cols)): which blocks hold a non-zero."""
     rows, cols = (block, block) if isinstance(block, int) else block
-    live = nn.functional.pad(
-        weight != 0, (0, -weight.shape[1] % cols, 0, -weight.shape[0] % rows), value=False
-    )
-    return live.unflatten(1, (-1, cols)).unflatten(0, (-1, rows)).any(3).any(1)
+    edge = (0, -weight.shape[1] % cols, 0, -weight.shape[0] % rows)
+    live: Tensor = nn.functional.pad(weight != 0, edge, value=False)
+    grid = -(-weight.shape[0] // rows), -(-weight.shape[1] // cols)
+    return live.view(grid[0], rows, grid[1], cols).any(3).any(1)
 
 
 def _costs(weight: Tensor) -> Iterator[tuple[float, int]]:

@@ -164,7 +164,7 @@ class Exponential(Ramp):
     """1 - (1 - s)^t: the same fraction of what is alive each time. Arguments as :class:`Ramp`."""
 
     def at_progress(self, progress: float) -> float:
-        return 1 - (1 - self.sparsity) ** progress
+        return 1 - math.pow(1 - self.sparsity, progress)
 
 
 @dataclass(frozen=True)

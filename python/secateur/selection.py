@@ -91,7 +91,7 @@ class _Candidates:
                         f"{layer.name!r}, got {tuple(state.shape)}"
                     )
                 state = state.to(weight.device, layer.score_dtype)
-            arguments = {
+            arguments: dict[str, Any] = {
                 "weight": weight,
                 "grad": grad,
                 "state": state,

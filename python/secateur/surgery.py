@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 __all__ = ["group_of", "moments", "replace_parameter"]
 
 
-def group_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any] | None:
+def group_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any] | None:
     """The parameter group that holds ``parameter``; None where the optimizer does not hold it."""
     for group in optimizer.param_groups:
         if any(p is parameter for p in group["params"]):
@@ -22,15 +22,15 @@ def group_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any] | 
     return None
 
 
-def moments(optimizer: Optimizer, parameter: nn.Parameter) -> list[Tensor]:
+def moments(optimizer: Optimizer, parameter: Tensor) -> list[Tensor]:
     """The moments of ``parameter``: floating-point state of its shape; empty before a step."""
     return [t for t in optimizer.state.get(parameter, {}).values() if _is_moment(t, parameter)]
 
 
 def replace_parameter(
     optimizer: Optimizer,
-    old: nn.Parameter,
-    new: nn.Parameter,
+    old: Tensor,
+    new: Tensor,
     convert: Callable[[Tensor], Tensor],
 ) -> None:
     """Let ``new`` take the place of ``old``: same group, same position, its state carried over.
@@ -58,7 +58,7 @@ def replace_parameter(
         }
 
 
-def _is_moment(value: object, parameter: nn.Parameter) -> bool:
+def _is_moment(value: object, parameter: Tensor) -> bool:
     # A scalar parameter's step count has its shape too; no scalar is ever pruned or replaced.
     return (
         isinstance(value, Tensor)
