@@ -99,9 +99,8 @@ inline void evaluate(const ScoreInputs& in, int64_t index, int64_t n, RunBuffers
   T* state = nullptr;
   if constexpr (M != Mode::Observe)
     state = const_cast<T*>(fetch(in.state, index, n, buffers.state));
-  for_formula(in.formula, [&]<Formula F>() {
-    score_run<F, M, kWrite>(w, g, state, in.params, index, n, out);
-  });
+  for_formula(in.formula,
+              [&]<Formula F>() { score_run<F, M, kWrite>(w, g, state, in.params, index, n, out); });
   if constexpr (M == Mode::Update) {
     if (state == buffers.state) {  // a strided state was gathered: scatter it back
       T* const data = static_cast<T*>(in.state.data);

@@ -19,8 +19,8 @@ enum class Formula : int32_t {
   Random,
 };
 constexpr const char* kFormulaNames[] = {
-    "given",            "magnitude", "gradient", "taylor",   "taylor_squared",
-    "hessian_diagonal", "obd",       "entropy",  "movement", "random",
+    "given", "magnitude", "gradient", "taylor", "taylor_squared", "hessian_diagonal",
+    "obd",   "entropy",   "movement", "random",
 };
 
 // Where x, what finish() makes the score of, comes from.

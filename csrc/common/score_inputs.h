@@ -25,8 +25,8 @@ Enum parse_name(const char* op, const char* argument, const char* const (&names)
 
 inline void check_like(const char* op, const char* argument, const Tensor& t, const Tensor& weight,
                        ScalarType dtype) {
-  STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": expected ", argument, " to be ", dtype,
-                  ", got ", t.scalar_type());
+  STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": expected ", argument, " to be ", dtype, ", got ",
+                  t.scalar_type());
   STD_TORCH_CHECK(t.device() == weight.device(), op, ": expected ", argument,
                   " to be on the weight's device");
   bool same = t.dim() == weight.dim();
@@ -53,8 +53,8 @@ inline ScoreInputs score_inputs(const char* op, const Tensor& weight,
   if (mode != Mode::Observe) {
     check_like(op, "state", *state, weight,
                dtype == ScalarType::Double ? dtype : ScalarType::Float);
-    in.state = mode == Mode::Update ? mutable_view_of(*state, op, "state")
-                                    : view_of(*state, op, "state");
+    in.state =
+        mode == Mode::Update ? mutable_view_of(*state, op, "state") : view_of(*state, op, "state");
   }
   return in;
 }

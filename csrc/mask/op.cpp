@@ -1,8 +1,7 @@
-#include "mask/mask.h"
-
 #include <vector>
 
 #include "common/torch.h"
+#include "mask/mask.h"
 
 namespace secateur::mask {
 namespace {
@@ -62,9 +61,9 @@ void apply_cpu(std::vector<Tensor> tensors, std::vector<Tensor> bits) {
     const int64_t numel = tensors[i].numel();
     if (numel == 0) continue;
     const View view = mutable_view_of(tensors[i], "mask_", "tensors");
-    torch::stable::parallel_for(
-        0, byte_count(numel), kGrainBytes,
-        [&](int64_t begin, int64_t end) { run(view, numel, bytes(bits[i]), begin, end); });
+    torch::stable::parallel_for(0, byte_count(numel), kGrainBytes, [&](int64_t begin, int64_t end) {
+      run(view, numel, bytes(bits[i]), begin, end);
+    });
   }
 }
 

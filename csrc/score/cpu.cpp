@@ -1,11 +1,10 @@
 // Fused scores: one pass over weight, gradient and state; bound by reading them. Blocks are reduced
 // while a run of columns is in L1, so only the block scores are written.
 // Compiled once per instruction set; no torch header, no static data (see cmake/op.cmake).
-#include "score/score.h"
-
 #include <algorithm>
 
 #include "common/evaluate.h"
+#include "score/score.h"
 
 namespace secateur::score::SECATEUR_ISA {
 namespace {

@@ -1,5 +1,3 @@
-#include "score/score.h"
-
 #include <iterator>
 #include <optional>
 #include <string>
@@ -7,6 +5,7 @@
 
 #include "common/score_inputs.h"
 #include "common/torch.h"
+#include "score/score.h"
 
 namespace secateur::score {
 namespace {
@@ -44,8 +43,8 @@ Tensor run(const char* op, Args args, const Tensor& weight, int64_t rows, int64_
   const int64_t out_cols = (args.n_cols + cols - 1) / cols;
 
   // Outputs
-  Tensor out = torch::stable::new_empty(
-      weight, {out_rows, out_cols}, args.wide ? ScalarType::Double : ScalarType::Float);
+  Tensor out = torch::stable::new_empty(weight, {out_rows, out_cols},
+                                        args.wide ? ScalarType::Double : ScalarType::Float);
   if (weight.numel() == 0) return out;
   args.out = out.mutable_data_ptr();
 
@@ -76,8 +75,7 @@ Tensor score_update_cpu(Tensor state, const Tensor& weight, std::optional<Tensor
                         std::string formula, double decay, double gain, int64_t rows, int64_t cols,
                         std::string reduce, double normalizer) {
   const ScoreParams params{normalizer, decay, gain, 0};
-  const Args args =
-      make_args("score_update_", weight, grad, state, Mode::Update, formula, params);
+  const Args args = make_args("score_update_", weight, grad, state, Mode::Update, formula, params);
   return run("score_update_", args, weight, rows, cols, reduce);
 }
 

@@ -5,13 +5,12 @@
 // If the interval missed, or holds more than there is room for, histograms narrow it and the sweep
 // is made again; one key that too many elements share is cut in index order by a partial sweep.
 // Compiled once per instruction set; no torch header, no static data (see cmake/op.cmake).
-#include "topk/topk.h"
-
 #include <algorithm>
 #include <cstring>
 #include <limits>
 
 #include "common/evaluate.h"
+#include "topk/topk.h"
 
 namespace secateur::topk::SECATEUR_ISA {
 namespace {
@@ -41,7 +40,7 @@ struct KeyRule {
   template <typename V>
   Int<V> key(V score) const {
     const Int<V> bits = bits_as<Int<V>>(score + V{});
-    return bits ^ (bits >> (sizeof(K) * 8 - 1) & kHighest<K>) ^ flip;
+    return bits ^ (bits >> (sizeof(K) * 8 - 1) & kHighest<K>)^flip;
   }
 
   template <typename V>
@@ -102,11 +101,10 @@ inline const T* scores_of(const Search& s, const Item& item, int64_t index, int6
 // Calls f(item, item's number, chunk, first element in the item, number of elements).
 template <typename F>
 inline void for_chunks(const Search& s, int64_t begin, int64_t end, F&& f) {
-  int64_t i = std::upper_bound(s.items, s.items + s.n_items, begin,
-                               [](int64_t chunk, const Item& item) {
-                                 return chunk < item.first_chunk;
-                               }) -
-              s.items - 1;
+  int64_t i =
+      std::upper_bound(s.items, s.items + s.n_items, begin,
+                       [](int64_t chunk, const Item& item) { return chunk < item.first_chunk; }) -
+      s.items - 1;
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     while (i + 1 < s.n_items && chunk >= s.items[i + 1].first_chunk) ++i;
     const int64_t first = (chunk - s.items[i].first_chunk) * kChunk;
@@ -153,8 +151,8 @@ inline void add_atomically(int64_t& counter, int64_t n) {
 
 inline void lower_atomically(int64_t& value, int64_t x) {
   int64_t old = __atomic_load_n(&value, __ATOMIC_RELAXED);
-  while (x < old && !__atomic_compare_exchange_n(&value, &old, x, true, __ATOMIC_RELAXED,
-                                                 __ATOMIC_RELAXED)) {
+  while (x < old &&
+         !__atomic_compare_exchange_n(&value, &old, x, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
   }
 }
 
@@ -224,10 +222,9 @@ void run_sample(Search& s, int64_t begin, int64_t end) {
     // A random element of each of n_tasks equal parts: a fixed stride could follow a row's length.
     const int64_t part = s.numel / s.n_tasks;
     const int64_t element = task * part + mix(static_cast<uint32_t>(task)) % part;
-    const Item& item = std::upper_bound(s.items, s.items + s.n_items, element,
-                                        [](int64_t e, const Item& x) {
-                                          return e < x.first_element;
-                                        })[-1];
+    const Item& item =
+        std::upper_bound(s.items, s.items + s.n_items, element,
+                         [](int64_t e, const Item& x) { return e < x.first_element; })[-1];
     const int64_t first = (element - item.first_element) / kSampleRun * kSampleRun;
     const int64_t n = std::min<int64_t>(kSampleRun, item.numel - first);
     T run[kSampleRun];
@@ -247,32 +244,32 @@ void run_sweep(Search& s, int64_t begin, int64_t end) {
   uint16_t offsets[kChunk];
   const bool collect = s.low < s.high;
   int64_t total_above = 0, total_inside = 0, bad_item = s.n_items;
-  for_chunks(s, begin, end, [&](const Item& item, int64_t i, int64_t chunk, int64_t first,
-                                int64_t n) {
-    int64_t inside = 0, collected = 0;
-    uint64_t bad = 0;
-    for_words<T>(s, item, rule, first, n, buffers,
-                 [&](const T* scores, const Classes& c, int64_t at, int64_t left) {
-                   store_mask(item, first + at, left, c.above);
-                   bad |= c.bad;
-                   total_above += __builtin_popcountll(c.above);
-                   inside += __builtin_popcountll(c.inside);
-                   if (!collect) return;
-                   for_bits(c.inside, [&](int j) {
-                     keys[collected] = rule.key(scores[j]);
-                     offsets[collected++] = static_cast<uint16_t>(at + j);
-                   });
-                 });
-    if (bad) bad_item = std::min(bad_item, i);
-    total_inside += inside;
-    s.candidates[chunk] = {0, inside};
-    if (collected == 0) return;
-    const int64_t at = __atomic_fetch_add(&s.pooled, collected, __ATOMIC_RELAXED);
-    s.candidates[chunk].begin = at;
-    if (at + collected > s.capacity) return;
-    std::copy_n(keys, collected, static_cast<K*>(s.keys) + at);
-    std::copy_n(offsets, collected, s.offsets + at);
-  });
+  for_chunks(s, begin, end,
+             [&](const Item& item, int64_t i, int64_t chunk, int64_t first, int64_t n) {
+               int64_t inside = 0, collected = 0;
+               uint64_t bad = 0;
+               for_words<T>(s, item, rule, first, n, buffers,
+                            [&](const T* scores, const Classes& c, int64_t at, int64_t left) {
+                              store_mask(item, first + at, left, c.above);
+                              bad |= c.bad;
+                              total_above += __builtin_popcountll(c.above);
+                              inside += __builtin_popcountll(c.inside);
+                              if (!collect) return;
+                              for_bits(c.inside, [&](int j) {
+                                keys[collected] = rule.key(scores[j]);
+                                offsets[collected++] = static_cast<uint16_t>(at + j);
+                              });
+                            });
+               if (bad) bad_item = std::min(bad_item, i);
+               total_inside += inside;
+               s.candidates[chunk] = {0, inside};
+               if (collected == 0) return;
+               const int64_t at = __atomic_fetch_add(&s.pooled, collected, __ATOMIC_RELAXED);
+               s.candidates[chunk].begin = at;
+               if (at + collected > s.capacity) return;
+               std::copy_n(keys, collected, static_cast<K*>(s.keys) + at);
+               std::copy_n(offsets, collected, s.offsets + at);
+             });
   add_atomically(s.above, total_above);
   add_atomically(s.inside, total_inside);
   lower_atomically(s.bad_item, bad_item);
@@ -283,15 +280,13 @@ void run_histogram(Search& s, int64_t begin, int64_t end) {
   const KeyRule<T> rule(s);
   RunBuffers<T> buffers;
   int64_t histogram[kBins] = {};
-  for_chunks(s, begin, end,
-             [&](const Item& item, int64_t, int64_t, int64_t first, int64_t n) {
-               for_words<T>(s, item, rule, first, n, buffers,
-                            [&](const T* scores, const Classes& c, int64_t, int64_t) {
-                              for_bits(c.inside, [&](int j) {
-                                ++histogram[bin_of(rule.key(scores[j]), s.low, s.shift)];
-                              });
-                            });
-             });
+  for_chunks(s, begin, end, [&](const Item& item, int64_t, int64_t, int64_t first, int64_t n) {
+    for_words<T>(
+        s, item, rule, first, n, buffers, [&](const T* scores, const Classes& c, int64_t, int64_t) {
+          for_bits(c.inside,
+                   [&](int j) { ++histogram[bin_of(rule.key(scores[j]), s.low, s.shift)]; });
+        });
+  });
   for (int bin = 0; bin < kBins; ++bin) add_atomically(s.histogram[bin], histogram[bin]);
 }
 

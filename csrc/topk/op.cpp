@@ -1,5 +1,3 @@
-#include "topk/topk.h"
-
 #include <memory>
 #include <optional>
 #include <string>
@@ -8,6 +6,7 @@
 
 #include "common/score_inputs.h"
 #include "common/torch.h"
+#include "topk/topk.h"
 
 namespace secateur::topk {
 namespace {
@@ -26,11 +25,10 @@ void check_length(const char* name, size_t length, size_t expected, bool require
 }
 
 const uint8_t* alive_bits(const Tensor& t, int64_t numel) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Byte && t.is_contiguous() &&
-                      t.numel() == (numel + 7) / 8,
-                  "select: expected ", (numel + 7) / 8,
-                  " contiguous bytes (uint8) of alive mask for ", numel, " elements, got ",
-                  t.scalar_type(), " of ", t.numel());
+  STD_TORCH_CHECK(
+      t.scalar_type() == ScalarType::Byte && t.is_contiguous() && t.numel() == (numel + 7) / 8,
+      "select: expected ", (numel + 7) / 8, " contiguous bytes (uint8) of alive mask for ", numel,
+      " elements, got ", t.scalar_type(), " of ", t.numel());
   return static_cast<const uint8_t*>(t.const_data_ptr());
 }
 
@@ -66,8 +64,7 @@ std::tuple<std::vector<Tensor>, Tensor> select_cpu(
         score_inputs("select", weights[i], at(grads, i), at(states, i), mode, formula, params);
     item.numel = weights[i].numel();
     if (!alive.empty()) item.alive = alive_bits(alive[i], item.numel);
-    masks.push_back(
-        torch::stable::new_empty(weights[i], {(item.numel + 7) / 8}, ScalarType::Byte));
+    masks.push_back(torch::stable::new_empty(weights[i], {(item.numel + 7) / 8}, ScalarType::Byte));
     item.mask = static_cast<uint8_t*>(masks.back().mutable_data_ptr());
     item.first_element = search->numel;
     item.first_chunk = search->n_chunks;
@@ -96,9 +93,9 @@ std::tuple<std::vector<Tensor>, Tensor> select_cpu(
   Run* step = SECATEUR_FOR_ISA(run);
   SECATEUR_FOR_ISA(start)(*search);
   while (search->step != Step::Done) {
-    torch::stable::parallel_for(
-        0, search->n_tasks, search->step == Step::Sample ? kGrainSamples : kGrainTasks,
-        [&](int64_t begin, int64_t end) { step(*search, begin, end); });
+    torch::stable::parallel_for(0, search->n_tasks,
+                                search->step == Step::Sample ? kGrainSamples : kGrainTasks,
+                                [&](int64_t begin, int64_t end) { step(*search, begin, end); });
     SECATEUR_FOR_ISA(advance)(*search);
   }
   int64_t* const result = static_cast<int64_t*>(info.mutable_data_ptr());

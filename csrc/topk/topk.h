@@ -54,10 +54,10 @@ struct Search {
   // State, set up by start().
   Step step;
   int64_t n_tasks;
-  int64_t alive;     // elements to choose from
-  int64_t bad_item;  // the first item with a score that is an error, or n_items
-  int64_t low, high;  // keys of the interval that is looked into, both included
-  int64_t base;       // elements above the interval, when a histogram is taken
+  int64_t alive;          // elements to choose from
+  int64_t bad_item;       // the first item with a score that is an error, or n_items
+  int64_t low, high;      // keys of the interval that is looked into, both included
+  int64_t base;           // elements above the interval, when a histogram is taken
   int64_t above, inside;  // counted by a sweep
   int64_t pooled;         // keys written
   int64_t ties;           // how many elements of key `low` are kept in the last chunk to be filled
