@@ -40,7 +40,9 @@ struct KeyRule {
   template <typename V>
   Int<V> key(V score) const {
     const Int<V> bits = bits_as<Int<V>>(score + V{});
-    return bits ^ (bits >> (sizeof(K) * 8 - 1) & kHighest<K>)^flip;
+    const Int<V> negative = bits >> (sizeof(K) * 8 - 1);  // all ones
+    const Int<V> reverse = negative & kHighest<K>;
+    return bits ^ reverse ^ flip;
   }
 
   template <typename V>
@@ -203,8 +205,8 @@ int64_t count_from(const K* keys, int64_t n, K bound) {
 template <typename K>
 K kth(const K* keys, int64_t n, int64_t low, int64_t high, int64_t rank) {
   while (low < high) {
-    const int64_t middle = high - static_cast<int64_t>(
-        (static_cast<uint64_t>(high) - static_cast<uint64_t>(low)) / 2);
+    const int64_t middle =
+        high - static_cast<int64_t>((static_cast<uint64_t>(high) - static_cast<uint64_t>(low)) / 2);
     if (count_from(keys, n, static_cast<K>(middle)) >= rank)
       low = middle;
     else
