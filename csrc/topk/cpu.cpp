@@ -45,33 +45,36 @@ struct KeyRule {
     return bits ^ reverse ^ flip;
   }
 
+  // An error if it is above the limit.
   template <typename V>
-  auto bad(V score) const {
-    return bits_as<Int<V>>(absolute(score)) > Int<V>{} + limit;
+  static Int<V> magnitude(V score) {
+    return bits_as<Int<V>>(absolute(score));
   }
 };
 
 // What of 64 neighbouring elements lies where, one bit each.
 struct Classes {
-  uint64_t above, inside, bad;
+  uint64_t above, inside;
+  bool bad;  // some score is an error
 };
 
 template <typename T>
 inline Classes classify(const T* scores, const KeyRule<T>& rule, Int<T> low, Int<T> high) {
   constexpr int lanes = kLanes<T>;
   using V = Vec<T, lanes>;
-  Classes c{0, 0, 0};
+  using I = Int<V>;
+  uint64_t above = 0, below = 0;
+  I largest{};
   for (int i = 0; i < 64; i += lanes) {
     V x;
     std::memcpy(&x, scores + i, sizeof(x));
-    const Int<V> key = rule.key(x);
-    const auto above = key > Int<V>{} + high;
-    const auto inside = (key >= Int<V>{} + low) & ~above;
-    c.above |= uint64_t{bits_of<lanes, Int<T>>(above)} << i;
-    c.inside |= uint64_t{bits_of<lanes, Int<T>>(inside)} << i;
-    c.bad |= uint64_t{bits_of<lanes, Int<T>>(rule.bad(x))} << i;
+    const I key = rule.key(x);
+    above |= uint64_t{bits_greater<lanes, Int<T>>(key, I{} + high)} << i;
+    below |= uint64_t{bits_greater<lanes, Int<T>>(I{} + low, key)} << i;
+    const I magnitude = rule.magnitude(x);
+    largest = magnitude > largest ? magnitude : largest;
   }
-  return c;
+  return {above, ~(above | below), bits_greater<lanes, Int<T>>(largest, I{} + rule.limit) != 0};
 }
 
 // Bits of elements index..index + n, n <= 64, of a bit-packed mask; index is a multiple of 8.
@@ -114,6 +117,13 @@ inline void for_chunks(const Search& s, int64_t begin, int64_t end, F&& f) {
   }
 }
 
+template <typename T>
+inline bool any_bad(const T* scores, const KeyRule<T>& rule, uint64_t alive) {
+  bool bad = false;
+  for_bits(alive, [&](int i) { bad |= rule.magnitude(scores[i]) > rule.limit; });
+  return bad;
+}
+
 // Calls f(scores, classes of the living, element) for every 64 elements of a chunk; 64 scores can
 // be read.
 template <typename T, typename F>
@@ -136,7 +146,7 @@ inline void for_words(const Search& s, const Item& item, const KeyRule<T>& rule,
       Classes c = classify(x, rule, low, high);
       c.above &= alive;
       c.inside &= alive;
-      c.bad &= alive;
+      c.bad = c.bad && any_bad(x, rule, alive);
       f(x, c, begin + i, left);
     }
   }
@@ -249,7 +259,7 @@ void run_sweep(Search& s, int64_t begin, int64_t end) {
   for_chunks(s, begin, end,
              [&](const Item& item, int64_t i, int64_t chunk, int64_t first, int64_t n) {
                int64_t inside = 0, collected = 0;
-               uint64_t bad = 0;
+               bool bad = false;
                for_words<T>(s, item, rule, first, n, buffers,
                             [&](const T* scores, const Classes& c, int64_t at, int64_t left) {
                               store_mask(item, first + at, left, c.above);
