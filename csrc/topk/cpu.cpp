@@ -252,8 +252,8 @@ void run_sweep(Search& s, int64_t begin, int64_t end) {
   using K = Int<T>;
   const KeyRule<T> rule(s);
   RunBuffers<T> buffers;
-  alignas(64) K keys[kChunk];
-  uint16_t offsets[kChunk];
+  alignas(64) K keys[kChunk + 1];
+  uint16_t offsets[kChunk + 1];
   const bool collect = s.low < s.high;
   int64_t total_above = 0, total_inside = 0, bad_item = s.n_items;
   for_chunks(s, begin, end,
@@ -267,10 +267,16 @@ void run_sweep(Search& s, int64_t begin, int64_t end) {
                               total_above += __builtin_popcountll(c.above);
                               inside += __builtin_popcountll(c.inside);
                               if (!collect) return;
-                              for_bits(c.inside, [&](int j) {
+                              // Most words hold no candidate or one: written in any case, so
+                              // that there is no branch to mispredict, and counted if it is there.
+                              uint64_t left_inside = c.inside;
+                              do {
+                                const int j = __builtin_ctzll(left_inside | uint64_t{1} << 63);
                                 keys[collected] = rule.key(scores[j]);
-                                offsets[collected++] = static_cast<uint16_t>(at + j);
-                              });
+                                offsets[collected] = static_cast<uint16_t>(at + j);
+                                collected += left_inside != 0;
+                                left_inside &= left_inside - 1;
+                              } while (left_inside);
                             });
                if (bad) bad_item = std::min(bad_item, i);
                total_inside += inside;
