@@ -180,14 +180,29 @@ SECATEUR_INLINE inline void feature_tile(const Side& s, int64_t line, const Comp
     multiply_add(tile, a + s.index[p] * s.inner_width * a_step, a_line, a_step,
                  blocks + s.block(p) * s.line_width * s.inner_width + j, s.line_width, s.inner(p));
   const int64_t f = line * s.line_width + j;
-  unroll<NV>([&](auto v) SECATEUR_INLINE {
+  if (std::is_same_v<T, C> && f + NV * W <= s.out_features) {
+    unroll<NV>([&](auto v) SECATEUR_INLINE {
+      Vec<C, W> offset = {};
+      if (bias) offset = load<W>(bias + f + v * W);
+      unroll<R>([&](auto i) SECATEUR_INLINE {
+        store<W>(out + i * s.out_features + f + v * W, tile.acc[i][v] + offset);
+      });
+    });
+    return;
+  }
+  // By way of memory: branches on vectors that live in registers cost the loop above its registers.
+  alignas(64) C rows[R][NV * W];
+  unroll<R>([&](auto i) SECATEUR_INLINE {
+    unroll<NV>([&](auto v) SECATEUR_INLINE { store<W>(rows[i] + v * W, tile.acc[i][v]); });
+  });
+  for (int v = 0; v < NV; ++v) {
     const int64_t count = std::clamp<int64_t>(s.out_features - f - v * W, 0, W);
     Vec<C, W> offset = {};
     if (bias) offset = load_first<W>(bias + f + v * W, count);
-    unroll<R>([&](auto i) SECATEUR_INLINE {
-      store_first<W>(out + i * s.out_features + f + v * W, tile.acc[i][v] + offset, count);
-    });
-  });
+    for (int i = 0; i < R; ++i)
+      store_first<W>(out + i * s.out_features + f + v * W, load<W>(rows[i] + v * W) + offset,
+                     count);
+  }
 }
 
 // Rows [m, end) of the batch in tiles of R, then of R / 2, ...
