@@ -181,18 +181,36 @@ inline int64_t narrow(const int64_t* histogram, int shift, int64_t& low, int64_t
   return histogram[bin];
 }
 
-// The `rank`-th best of the keys that lie in low..high; leaves in `rank` how many keys equal to it
-// are among the `rank` best.
+// How many of the keys are at least `bound`.
 template <typename K>
-int64_t kth(const K* keys, int64_t n, int64_t low, int64_t high, int64_t& rank) {
-  while (low < high) {
-    const int shift = shift_for(low, high);
-    int64_t histogram[kBins] = {};
-    for (int64_t i = 0; i < n; ++i)
-      if (keys[i] >= low && keys[i] <= high) ++histogram[bin_of(keys[i], low, shift)];
-    narrow(histogram, shift, low, high, rank);
+int64_t count_from(const K* keys, int64_t n, K bound) {
+  constexpr int lanes = kLanes<K>;
+  using V = Vec<K, lanes>;
+  V counts{};  // minus the count: true is -1; n is far below the range of K
+  int64_t i = 0, count = 0;
+  for (; i + lanes <= n; i += lanes) {
+    V x;
+    std::memcpy(&x, keys + i, sizeof(x));
+    counts += x >= V{} + bound;
   }
-  return low;
+  for (int j = 0; j < lanes; ++j) count -= counts[j];
+  for (; i < n; ++i) count += keys[i] >= bound;
+  return count;
+}
+
+// The `rank`-th best of the keys, counted from 1; it is known to lie in low..high. By bisection:
+// counting is a few vector instructions over a buffer that is in cache.
+template <typename K>
+K kth(const K* keys, int64_t n, int64_t low, int64_t high, int64_t rank) {
+  while (low < high) {
+    const int64_t middle = high - static_cast<int64_t>(
+        (static_cast<uint64_t>(high) - static_cast<uint64_t>(low)) / 2);
+    if (count_from(keys, n, static_cast<K>(middle)) >= rank)
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  return static_cast<K>(low);
 }
 
 template <typename T>
@@ -342,9 +360,8 @@ void after_sample(Search& s) {
     const int64_t margin =
         static_cast<int64_t>(std::min(4 * __builtin_sqrt(n * share * (1 - share)), room)) + 1;
     const int64_t rank = static_cast<int64_t>(n * share);
-    int64_t best = rank - margin, worst = rank + margin;
-    if (worst <= s.pooled) low = kth(keys, s.pooled, kLowest<K>, kHighest<K>, worst);
-    if (best >= 1) high = kth(keys, s.pooled, kLowest<K>, kHighest<K>, best);
+    if (rank + margin <= s.pooled) low = kth(keys, s.pooled, low, high, rank + margin);
+    if (rank - margin >= 1) high = kth(keys, s.pooled, low, high, rank - margin);
   }
   go_sweep(s, low, high);
 }
@@ -354,15 +371,20 @@ template <typename T>
 void choose(Search& s) {
   using K = Int<T>;
   const K* const keys = static_cast<const K*>(s.keys);
-  int64_t ties = s.keep - s.above;
-  const int64_t threshold = kth(keys, s.pooled, s.low, s.high, ties);
+  const int64_t rank = s.keep - s.above;
+  const K threshold = kth(keys, s.pooled, s.low, s.high, rank);
+  int64_t ties = rank;
+  if (threshold < kHighest<K>) ties -= count_from(keys, s.pooled, static_cast<K>(threshold + 1));
   for_chunks(s, 0, s.n_chunks,
              [&](const Item& item, int64_t, int64_t chunk, int64_t first, int64_t) {
                const Candidates c = s.candidates[chunk];
                for (int64_t i = c.begin; i < c.begin + c.count; ++i) {
-                 if (keys[i] < threshold || (keys[i] == threshold && ties-- <= 0)) continue;
+                 // No branch: nothing predicts which way a candidate falls.
+                 const int tie = keys[i] == threshold;
+                 const int kept = (keys[i] > threshold) | (tie & (ties > 0));
+                 ties -= tie;
                  const int64_t index = first + s.offsets[i];
-                 item.mask[index / 8] |= static_cast<uint8_t>(1 << index % 8);
+                 item.mask[index / 8] |= static_cast<uint8_t>(kept << index % 8);
                }
              });
 }

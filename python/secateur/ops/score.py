@@ -99,9 +99,10 @@ def score(
     check_normalizer("normalizer", normalizer)
     check_seed("seed", seed)
     with torch.no_grad():
-        return torch.ops.secateur.score(
+        scores: Tensor = torch.ops.secateur.score(
             weight, grad, state, formula, *block, reduce, float(normalizer), seed
         )
+    return scores
 
 
 def score_update_(
@@ -336,7 +337,8 @@ def observe_reference(
     if formula == "magnitude":
         return weight.abs()
     if formula == "entropy":
-        return torch.special.entr(weight.abs() / normalizer)
+        entropy: Tensor = torch.special.entr(weight.abs() / normalizer)
+        return entropy
     if formula == "random":
         index = torch.arange(weight.numel(), device=weight.device).view(weight.shape)
         return random_reference(index, seed).to(weight.dtype)
@@ -364,8 +366,7 @@ def elements_reference(
     """Scores per element, in the shape of ``weight`` and the compute dtype."""
     dtype = compute_dtype(weight.dtype)
     w, g = weight.to(dtype), None if grad is None else grad.to(dtype)
-    observed = state is None
-    x = observe_reference(w, g, formula, normalizer, seed) if observed else state / normalizer
+    x = observe_reference(w, g, formula, normalizer, seed) if state is None else state / normalizer
     return x * (w * w) * 0.5 if formula == "obd" else x
 
 
@@ -462,23 +463,25 @@ def _inputs(
 
 def _score_samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
     cases = list(_inputs(dtype, device))
-    for name, w, g, _ in cases:
-        for i, block in enumerate(_BLOCKS):
-            reduce = REDUCTIONS[i % 4]
+    for i, (name, w, g, _) in enumerate(cases):
+        for j in range(i % 2, len(_BLOCKS), 2):  # half of the pairs: every block, every shape
+            block, reduce = _BLOCKS[j], REDUCTIONS[(i + j) % 4]
             yield Sample(f"{name} {block} {reduce}", (w, g, None, "taylor", *block, reduce, 1.0, 0))
-    name, w, g, s = cases[5]
+    _, w, g, s = cases[5]
     for formula in FORMULAS:
         yield Sample(formula, (w, g, None, formula, 1, 1, "mean", 50.0, 7))
+        yield Sample(f"{formula} of blocks", (w, g, None, formula, 8, 6, "sum", 50.0, 7))
         yield Sample(f"{formula} by state", (w, None, s, formula, 1, 1, "mean", 0.9, 0))
-        for reduce in REDUCTIONS:
-            yield Sample(f"{formula} {reduce}", (w, g, None, formula, 8, 6, reduce, 50.0, 7))
+    for reduce in REDUCTIONS:
+        yield Sample(f"state {reduce}", (w, None, s, "obd", 8, 6, reduce, 0.9, 0))
 
 
 def _update_samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
-    for name, w, g, s in _inputs(dtype, device):
+    cases = list(_inputs(dtype, device))
+    for name, w, g, s in cases:
         yield Sample(name, (s, w, g, "obd", 0.9, 0.1, 2, 3, "sum", 1.0))
     for formula in FORMULAS[:-1]:
-        _, w, g, s = list(_inputs(dtype, device))[5]
+        _, w, g, s = cases[5]
         yield Sample(formula, (s, w, g, formula, 0.9, 0.1, 1, 1, "mean", 50.0))
 
 
