@@ -30,6 +30,7 @@ constexpr int64_t kBatchLanes = 64;           // rows of the batch in one transp
 constexpr int64_t kFewLanes = 16;             // the same for small batches and for Features
 constexpr int64_t kFeatureRows = 64;          // rows of the batch in one task of Features
 constexpr int64_t kFeatureChunk = 16;         // output features that Batch transposes at a time
+constexpr int64_t kSmallBlock = 16;           // weights
 constexpr int64_t kTaskMultiplies = 1 << 16;  // worth waking a thread
 
 // Accumulators a tile may hold: the rest of the registers take B and the broadcast.
@@ -77,8 +78,9 @@ struct Side {
 
 Side side_of(const Args& g) {
   if (g.product == Product::InputGradient)
-    return {g.col_ptr, g.row_t, g.position_t,  g.block_cols,
-            g.cols,    g.rows,  g.in_features, g.out_features};
+    return {g.col_ptr,     g.row_t,       g.plan.reorder_values ? nullptr : g.position_t,
+            g.block_cols,  g.cols,        g.rows,
+            g.in_features, g.out_features};
   return {g.row_ptr, g.col, nullptr, g.block_rows, g.rows, g.cols, g.out_features, g.in_features};
 }
 
@@ -180,14 +182,29 @@ SECATEUR_INLINE inline void feature_tile(const Side& s, int64_t line, const Comp
     multiply_add(tile, a + s.index[p] * s.inner_width * a_step, a_line, a_step,
                  blocks + s.block(p) * s.line_width * s.inner_width + j, s.line_width, s.inner(p));
   const int64_t f = line * s.line_width + j;
-  unroll<NV>([&](auto v) SECATEUR_INLINE {
+  if (std::is_same_v<T, C> && f + NV * W <= s.out_features) {
+    unroll<NV>([&](auto v) SECATEUR_INLINE {
+      Vec<C, W> offset = {};
+      if (bias) offset = load<W>(bias + f + v * W);
+      unroll<R>([&](auto i) SECATEUR_INLINE {
+        store<W>(out + i * s.out_features + f + v * W, tile.acc[i][v] + offset);
+      });
+    });
+    return;
+  }
+  // By way of memory: branches on vectors that live in registers cost the loop above its registers.
+  alignas(64) C rows[R][NV * W];
+  unroll<R>([&](auto i) SECATEUR_INLINE {
+    unroll<NV>([&](auto v) SECATEUR_INLINE { store<W>(rows[i] + v * W, tile.acc[i][v]); });
+  });
+  for (int v = 0; v < NV; ++v) {
     const int64_t count = std::clamp<int64_t>(s.out_features - f - v * W, 0, W);
     Vec<C, W> offset = {};
     if (bias) offset = load_first<W>(bias + f + v * W, count);
-    unroll<R>([&](auto i) SECATEUR_INLINE {
-      store_first<W>(out + i * s.out_features + f + v * W, tile.acc[i][v] + offset, count);
-    });
-  });
+    for (int i = 0; i < R; ++i)
+      store_first<W>(out + i * s.out_features + f + v * W, load<W>(rows[i] + v * W) + offset,
+                     count);
+  }
 }
 
 // Rows [m, end) of the batch in tiles of R, then of R / 2, ...
@@ -519,51 +536,85 @@ void run_outer(const Args& g, int64_t begin, int64_t end) {
   }
 }
 
-// Weights [first, last) of row `i` of block row `line`, counted over its blocks' columns: the dot
-// products of dY's feature and X's features over `panels` transposed panels, W weights at a time.
+// acc[k] += dy * at[k], lane by lane, over one transposed panel.
+template <typename C, int W>
+SECATEUR_INLINE inline void dot_panel(const C* dy, const C* const (&at)[W], int64_t lanes,
+                                      Vec<C, W> (&acc)[W]) {
+  constexpr int NV = 4;  // vectors of dY held in registers
+  int64_t v = 0;
+  for (; v + NV * W <= lanes; v += NV * W) {
+    Vec<C, W> held[NV];
+    unroll<NV>([&](auto n) SECATEUR_INLINE { held[n] = load<W>(dy + v + n * W); });
+    unroll<W>([&](auto k) SECATEUR_INLINE {
+      const C* const x = at[k] + v;
+      unroll<NV>([&](auto n) SECATEUR_INLINE { acc[k] += held[n] * load<W>(x + n * W); });
+    });
+  }
+  for (; v < lanes; v += W) {
+    const Vec<C, W> held = load<W>(dy + v);
+    unroll<W>([&](auto k) SECATEUR_INLINE { acc[k] += held * load<W>(at[k] + v); });
+  }
+}
+
+// The weights in row `i` of block row `line`: dot products of dY's feature and X's features over
+// `panels` transposed panels, W weights at a time.
 template <typename C>
 inline void dot_weights(const Args& g, int64_t line, int64_t i, const C* dy, const C* x,
                         int64_t panels, bool accumulate, C* out) {
   constexpr int W = kLanes<C>;
-  constexpr int NV = 4;  // vectors of dY held in registers
   const int64_t lanes = g.plan.panel;
-  const int64_t first = g.row_ptr[line], count = (g.row_ptr[line + 1] - first) * g.cols;
+  const int64_t count = (g.row_ptr[line + 1] - g.row_ptr[line]) * g.cols;
+  int64_t p = g.row_ptr[line], j = 0;
   for (int64_t e = 0; e < count; e += W) {
     const int64_t width = std::min<int64_t>(W, count - e);
-    int64_t from[W], to[W];
-    for (int64_t k = 0; k < W; ++k) {
-      const int64_t at = e + std::min(k, width - 1);
-      const int64_t p = first + at / g.cols, j = at % g.cols;
+    const C* at[W];
+    int64_t to[W];
+    uint32_t inside = 0;
+    for (int k = 0; k < W; ++k) {
+      if (k >= width) {  // a short group repeats its last weight
+        at[k] = at[k - 1];
+        continue;
+      }
       const int64_t feature = g.col[p] * g.cols + j;
+      const bool exists = feature < g.in_features;
+      at[k] = x + (exists ? feature : 0) * lanes;
+      inside |= uint32_t{exists} << k;
       to[k] = (p * g.rows + i) * g.cols + j;
-      from[k] = feature < g.in_features ? feature * lanes : -1;
+      if (++j == g.cols) {
+        j = 0;
+        ++p;
+      }
     }
     Vec<C, W> acc[W] = {};
     for (int64_t panel = 0; panel < panels; ++panel) {
-      const C* const left = dy + panel * g.out_features * lanes;
-      const C* const right = x + panel * g.in_features * lanes;
-      for (int64_t v0 = 0; v0 < lanes; v0 += NV * W) {
-        const int64_t vectors = std::min<int64_t>(NV, (lanes - v0) / W);
-        if (vectors == NV) {
-          Vec<C, W> held[NV];
-          unroll<NV>([&](auto v) SECATEUR_INLINE { held[v] = load<W>(left + v0 + v * W); });
-          unroll<W>([&](auto k) SECATEUR_INLINE {
-            const C* const b = right + (from[k] < 0 ? 0 : from[k]) + v0;
-            unroll<NV>([&](auto v) SECATEUR_INLINE { acc[k] += held[v] * load<W>(b + v * W); });
-          });
-        } else {
-          for (int64_t v = v0; v < lanes; v += W) {
-            const Vec<C, W> held = load<W>(left + v);
-            unroll<W>([&](auto k) SECATEUR_INLINE {
-              acc[k] += held * load<W>(right + (from[k] < 0 ? 0 : from[k]) + v);
-            });
-          }
-        }
-      }
+      dot_panel<C, W>(dy + panel * g.out_features * lanes, at, lanes, acc);
+      for (int k = 0; k < W; ++k) at[k] += g.in_features * lanes;
     }
-    const Vec<C, W> sums = sum_each<C, W>(acc);
+    alignas(64) C sums[W];
+    store<W>(sums, sum_each<C, W>(acc));
     for (int64_t k = 0; k < width; ++k)
-      out[to[k]] = (accumulate ? out[to[k]] : C{0}) + (from[k] < 0 ? C{0} : sums[k]);
+      out[to[k]] = (accumulate ? out[to[k]] : C{0}) + (inside >> k & 1 ? sums[k] : C{0});
+  }
+}
+
+// The same for blocks of 1 x 1, whose weights of one row are neighbours in memory.
+template <typename C>
+inline void dot_single_weights(const Args& g, int64_t line, const C* dy, const C* x, int64_t panels,
+                               bool accumulate, C* out) {
+  constexpr int W = kLanes<C>;
+  const int64_t lanes = g.plan.panel;
+  for (int64_t p = g.row_ptr[line], end = g.row_ptr[line + 1]; p < end; p += W) {
+    const int64_t width = std::min<int64_t>(W, end - p);
+    const C* at[W];
+    for (int64_t k = 0; k < W; ++k) at[k] = x + g.col[p + std::min(k, width - 1)] * lanes;
+    Vec<C, W> acc[W] = {};
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      dot_panel<C, W>(dy + panel * g.out_features * lanes, at, lanes, acc);
+      for (int k = 0; k < W; ++k) at[k] += g.in_features * lanes;
+    }
+    Vec<C, W> sums = sum_each<C, W>(acc);
+    if (accumulate) sums += load_first<W>(out + p, width);
+    store_first<W>(out + p, sums, width);
   }
 }
 
@@ -581,6 +632,12 @@ void run_dot_weights(const Args& g, int64_t begin, int64_t end) {
       std::max<int64_t>(1, (1 << 17) / (std::max<int64_t>(1, g.in_features) * lanes));
   for (int64_t panel = 0; panel < panels || panel == 0; panel += step) {
     for_groups(g.row_ptr, g.block_rows, 1, begin, end, [&](int64_t, int64_t line) {
+      if (block_size == 1) {
+        dot_single_weights<C>(g, line, dy + (panel * g.out_features + line) * lanes,
+                              x + panel * g.in_features * lanes, std::min(step, panels - panel),
+                              panel > 0, out);
+        return;
+      }
       for (int64_t i = 0; i < g.rows; ++i) {
         const int64_t feature = line * g.rows + i;
         const bool inside = feature < g.out_features;
@@ -676,7 +733,9 @@ Plan plan_for(const Args& g) {
     plan.method = Method::Batch;
     plan.panel = batch_lanes;
     lay_out_left(Layout::Transposed);
-    if (kNarrow) copy_values();
+    // Single weights in the other order would cost a cache line each.
+    plan.reorder_values = !forward && block_size <= kSmallBlock && g.batch > kFewLanes;
+    if (kNarrow || plan.reorder_values) copy_values();
     plan.run = group_stage(s.ptr, s.lines, lines_per_group(s.line_width),
                            ceil_div(g.batch, plan.panel), block_size * plan.panel);
   } else if (forward && few) {
@@ -714,6 +773,11 @@ void pack_blocks(const Args& g, int64_t begin, int64_t end) {
   const auto* const from = static_cast<const T*>(g.values);
   auto* const to = static_cast<C*>(g.values_space);
   const int64_t size = g.rows * g.cols;
+  if (g.plan.reorder_values) {
+    for (int64_t q = begin; q < end; ++q)
+      for (int64_t e = 0; e < size; ++e) to[q * size + e] = widen(from[g.position_t[q] * size + e]);
+    return;
+  }
   if (!g.plan.transpose_values)
     return widen_range(from + begin * size, to + begin * size, (end - begin) * size);
   for (int64_t p = begin; p < end; ++p) {

@@ -134,7 +134,7 @@ inline Vec<Compute<T>, N> load_first(const T* p, int64_t count) {
 
 template <typename V, typename T>
 inline V broadcast(T x) {
-  return V{} + x;
+  return x - V{};  // exact, and free; x + 0 would be an addition that turns -0 into +0
 }
 
 // Calls f(std::integral_constant<int, i>) for i in [0, N): what f indexes with i stays in
