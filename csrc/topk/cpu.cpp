@@ -17,8 +17,8 @@ namespace {
 
 constexpr int kSampleRun = 16;  // neighbours sampled together: one cache line of float
 constexpr int64_t kMaxSample = int64_t{1} << 18;
-constexpr int64_t kMinCapacity = 16384;
-constexpr int64_t kElementsPerCapacity = 128;  // 6 bytes for 128 scores: about 1 % of their size
+constexpr int64_t kMinCapacity = 49152;
+constexpr int64_t kElementsPerCapacity = 160;  // 6 bytes for 160 scores: 1 % of their size
 
 template <typename K>
 constexpr K kLowest = std::numeric_limits<K>::min();
@@ -225,25 +225,43 @@ K kth(const K* keys, int64_t n, int64_t low, int64_t high, int64_t rank) {
   return static_cast<K>(low);
 }
 
+// Keys of one run of neighbours in each of n_tasks equal parts of the elements.
 template <typename T>
 void run_sample(Search& s, int64_t begin, int64_t end) {
+  using K = Int<T>;
+  struct Place {
+    const Item* item;
+    int64_t first, n;
+  };
+  constexpr int ahead = 16;  // places that memory is asked for before the first is read
   const KeyRule<T> rule(s);
-  Int<T>* const keys = static_cast<Int<T>*>(s.keys);
+  const int64_t part = s.numel / s.n_tasks;
+  const Item* item = s.items;
+  const Item* const last = s.items + s.n_items - 1;
   RunBuffers<T> buffers;
-  for (int64_t task = begin; task < end; ++task) {
-    // A random element of each of n_tasks equal parts: a fixed stride could follow a row's length.
-    const int64_t part = s.numel / s.n_tasks;
-    const int64_t element = task * part + mix(static_cast<uint32_t>(task)) % part;
-    const Item& item =
-        std::upper_bound(s.items, s.items + s.n_items, element,
-                         [](int64_t e, const Item& x) { return e < x.first_element; })[-1];
-    const int64_t first = (element - item.first_element) / kSampleRun * kSampleRun;
-    const int64_t n = std::min<int64_t>(kSampleRun, item.numel - first);
-    T run[kSampleRun];
-    const T* const scores = scores_of(s, item, first, n, buffers, run);
-    const uint64_t alive = mask_word(item.alive, first, n);
-    int64_t at = __atomic_fetch_add(&s.pooled, __builtin_popcountll(alive), __ATOMIC_RELAXED);
-    for_bits(alive, [&](int i) { keys[at++] = rule.key(scores[i]); });
+  for (int64_t task = begin; task < end; task += ahead) {
+    const int64_t count = std::min<int64_t>(ahead, end - task);
+    Place places[ahead];
+    for (int64_t i = 0; i < count; ++i) {
+      // Anywhere in the part: a fixed stride could follow a row's length.
+      const int64_t element =
+          (task + i) * part + mix(static_cast<uint32_t>(task + i)) % static_cast<uint64_t>(part);
+      while (item < last && element >= item[1].first_element) ++item;
+      const int64_t first = (element - item->first_element) / kSampleRun * kSampleRun;
+      places[i] = {item, first, std::min<int64_t>(kSampleRun, item->numel - first)};
+      prefetch(item->inputs, first, places[i].n);
+    }
+    K keys[ahead * kSampleRun];
+    int64_t sampled = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const Place& p = places[i];
+      T run[kSampleRun];
+      const T* const scores = scores_of(s, *p.item, p.first, p.n, buffers, run);
+      for_bits(mask_word(p.item->alive, p.first, p.n),
+               [&](int j) { keys[sampled++] = rule.key(scores[j]); });
+    }
+    const int64_t at = __atomic_fetch_add(&s.pooled, sampled, __ATOMIC_RELAXED);
+    std::copy_n(keys, sampled, static_cast<K*>(s.keys) + at);
   }
 }
 
@@ -474,7 +492,7 @@ void advance_typed(Search& s) {
 
 }  // namespace
 
-int64_t capacity(int64_t numel) { return std::max(kMinCapacity, numel / kElementsPerCapacity); }
+int64_t capacity(int64_t numel) { return kMinCapacity + numel / kElementsPerCapacity; }
 
 void start(Search& s) {
   s.step = Step::Done;
