@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -417,13 +418,66 @@ def test_hand_rolled_update() -> None:
     assert sum(layer.alive_units for layer in pruner.layers) == units - round(0.5 * units)
 
 
-def test_update_is_refused_beside_an_optimizer() -> None:
+def test_an_optimizer_step_inside_an_update_counts_once() -> None:
+    ours, theirs = make_model(), make_model()
+    schedule = Cubic(0.5, begin=0, end=4)
+    for model, inside in ((ours, True), (theirs, False)):
+        optimizer = adamw(model)
+        pruner = Pruner(
+            model, optimizer, criterion=Taylor(), granularity=Element(), schedule=schedule
+        )
+        for batch in batches(6):
+            optimizer.zero_grad()
+            backward(model, batch)
+            if inside:
+                with pruner.update():
+                    optimizer.step()
+            else:
+                optimizer.step()
+        assert pruner.step == 6
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_update_that_fails_does_not_count() -> None:
     model = make_model()
+    pruner = Pruner(model, None, **GOOD)
+    backward(model, next(batches(1)))
+    with pytest.raises(KeyError), pruner.update():
+        raise KeyError
+    assert pruner.step == 0
+
+
+@pytest.mark.parametrize(
+    "clone",
+    [copy.deepcopy, lambda parts: pickle.loads(pickle.dumps(parts))],
+    ids=["copy", "pickle"],
+)
+def test_a_copy_prunes_its_own_model(clone: Callable[[Any], Any]) -> None:
+    model = make_model()
+    optimizer = adamw(model)
     pruner = Pruner(
-        model, adamw(model), criterion=Taylor(), granularity=Element(), schedule=OneShot(0.5)
+        model,
+        optimizer,
+        criterion=Taylor(),
+        granularity=Element(),
+        schedule=Cubic(0.8, begin=0, end=20),
     )
-    with pytest.raises(RuntimeError, match="got a pruner whose AdamW drives the schedule"):
-        pruner.update().__enter__()
+    train(model, optimizer, 5)
+    twin, twin_optimizer, twin_pruner = clone((model, optimizer, pruner))
+    train(model, optimizer, 20)
+    assert twin_pruner.step == 5
+    train(twin, twin_optimizer, 20)
+    assert twin_pruner.sparsity() == pruner.sparsity()
+    check_dead_are_zero(twin_pruner, twin_optimizer)
+    pruner.remove()
+    assert not clone(pruner)._handles
+
+
+def test_lbfgs_is_refused() -> None:
+    model = make_model()
+    with pytest.raises(TypeError, match="got LBFGS"):
+        Pruner(model, torch.optim.LBFGS(model.parameters()), **GOOD)
 
 
 def test_remove_detaches() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from secateur import ops, surgery
 from secateur.criteria import Criterion
@@ -79,6 +80,11 @@ class Pruner:
             raise TypeError(
                 f"expected optimizer to be a torch.optim.Optimizer or None, got {optimizer!r}"
             )
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise TypeError(
+                "expected an optimizer that evaluates the gradient once a step, got LBFGS, whose "
+                "curvature history spans every weight: its steps would move the dead ones"
+            )
         self.layers, self.skipped = find_layers(model, granularity, include, exclude)
         self.optimizer = optimizer
         self._check_parameters()
@@ -92,13 +98,28 @@ class Pruner:
         """Due steps that had nothing to prune."""
         self._masks_changed = False
         self._moves_dead = False  # whether the optimizer moves a weight whose gradient is zero
+        self._in_update = False
+        self._handles: list[RemovableHandle] = []
+        self._attach()
+
+    def _attach(self) -> None:
         self._handles = [
             layer.parameter.register_post_accumulate_grad_hook(_GradientMask(layer))
             for layer in self.layers
         ]
-        if optimizer is not None:
-            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
-            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        if self.optimizer is not None:
+            self._handles.append(self.optimizer.register_step_pre_hook(self._before_step))
+            self._handles.append(self.optimizer.register_step_post_hook(self._after_step))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handles": bool(self._handles)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy drives the copies of model and optimizer that it was copied with."""
+        attached = state.pop("_handles")
+        self.__dict__.update(state, _handles=[])
+        if attached:
+            self._attach()
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -113,20 +134,17 @@ class Pruner:
     def update(self) -> Iterator[None]:
         """Around a hand-rolled update of the weights, with the gradients in ``.grad``.
 
-        Stands for the optimizer step: masks are chosen on entry, and what the update moved back to
-        life is zeroed on exit.
-
-        Raises:
-            RuntimeError: this pruner's optimizer drives the schedule already.
+        Stands for one optimizer step: masks are chosen on entry, and what the update moved back to
+        life is zeroed on exit. A step of the optimizer inside is part of it.
         """
-        if self.optimizer is not None:
-            raise RuntimeError(
-                "expected update() only with Pruner(model, optimizer=None, ...), got a pruner "
-                f"whose {type(self.optimizer).__name__} drives the schedule by its own step()"
-            )
         self._before_update()
-        yield
+        self._in_update = True
+        try:
+            yield
+        finally:
+            self._in_update = False
         self._after_update()
+        self._mask_everything(self.layers)
 
     def remove(self) -> None:
         """Detach from model and optimizer. The weights stay as they are; dead ones can move again.
@@ -240,6 +258,8 @@ class Pruner:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self._in_update:
+            return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._before_update()
@@ -258,7 +278,8 @@ class Pruner:
     def _after_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        self._after_update()
+        if not self._in_update:
+            self._after_update()
 
     @torch.no_grad()
     def _before_update(self) -> None:
@@ -351,7 +372,7 @@ class Pruner:
         if self._masks_changed and not self._moves_dead:
             self._moves_dead = any(self._revived(layer) for layer in self.layers)
         self._masks_changed = False
-        if self._moves_dead or self.optimizer is None:
+        if self._moves_dead:
             self._mask_everything(self.layers)
         self.step += 1
 
