@@ -474,6 +474,45 @@ def test_a_copy_prunes_its_own_model(clone: Callable[[Any], Any]) -> None:
     assert not clone(pruner)._handles
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_grad_scaler(fused: bool) -> None:
+    """Scores see unscaled gradients; a skipped step is no step."""
+
+    def run(scaler: torch.amp.GradScaler | None) -> tuple[nn.Module, Pruner]:
+        model = make_model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
+        pruner = Pruner(
+            model,
+            optimizer,
+            criterion=Taylor(),
+            granularity=Element(),
+            schedule=Threshold(1e-4, begin=1),
+        )
+        for i, (x, y) in enumerate(batches(6)):
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(model(x), y)
+            if scaler is None:
+                if i != 2:
+                    loss.backward()
+                    optimizer.step()
+                continue
+            scaler.scale(loss).backward()
+            if i == 2:
+                model[3].weight.grad[0, 0] = float("inf")
+            scaler.step(optimizer)
+            scaler.update()
+        return model, pruner
+
+    plain, expected = run(None)
+    scaled, got = run(torch.amp.GradScaler("cpu", init_scale=2.0**10))
+    assert got.step == expected.step == 5
+    assert 0 < got.sparsity() < 1
+    for name, mask in expected.masks.items():
+        assert torch.equal(mask, got.masks[name])
+    for a, b in zip(plain.parameters(), scaled.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_lbfgs_is_refused() -> None:
     model = make_model()
     with pytest.raises(TypeError, match="got LBFGS"):

@@ -17,7 +17,7 @@ from secateur.granularity import Granularity
 from secateur.layers import Layer, find_layers
 from secateur.schedules import OneShot, Schedule, Target, Threshold
 from secateur.scope import share_out
-from secateur.selection import choose, measured, normalizer
+from secateur.selection import Inputs, choose, measured, normalizer
 
 __all__ = ["Pruner", "prune_"]
 
@@ -258,7 +258,7 @@ class Pruner:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._in_update:
+        if self._in_update or _is_skipped(optimizer):
             return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
@@ -278,23 +278,33 @@ class Pruner:
     def _after_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if not self._in_update:
+        if not (self._in_update or _is_skipped(optimizer)):
             self._after_update()
 
     @torch.no_grad()
     def _before_update(self) -> None:
-        self._mask(
-            (layer.parameter.grad, layer)
-            for layer in self.layers
-            if layer.parameter.grad is not None
-        )
+        self._mask_gradients(self.layers)
+        inputs = Inputs(self.step, self._gradient, self._given_state)
         last = self.schedule.last
         if self.criterion.accumulation and (last is None or self.step <= last):
             for layer in self.layers:
-                self._observe(layer, *self.criterion.accumulation)
+                self._observe(layer, inputs, *self.criterion.accumulation)
         target = self.schedule.target(self.step)
         if target is not None:
-            self._prune(target)
+            self._prune(target, inputs)
+
+    def _gradient(self, layer: Layer) -> Tensor | None:
+        grad = layer.parameter.grad
+        # A fused optimizer unscales inside its step: here the gradient still carries GradScaler's.
+        scale = getattr(self.optimizer, "grad_scale", None)
+        return grad if grad is None or scale is None else grad / scale.to(grad.device, grad.dtype)
+
+    def _given_state(self, layer: Layer) -> tuple[Tensor, float] | None:
+        if self.optimizer is None:
+            return self.criterion.given_state(layer.name, {}, {})
+        group = surgery.group_of(self.optimizer, layer.parameter)
+        state = self.optimizer.state.get(layer.parameter, {})
+        return self.criterion.given_state(layer.name, state, group or {})
 
     def _check_parameters(self) -> None:
         lost = [
@@ -309,9 +319,9 @@ class Pruner:
                 "the pruner after that, or remove() it before"
             )
 
-    def _observe(self, layer: Layer, decay: float, gain: float) -> None:
+    def _observe(self, layer: Layer, inputs: Inputs, decay: float, gain: float) -> None:
         """Write this step's score into the running one."""
-        weight, grad = measured(self.criterion, layer)
+        weight, grad = measured(self.criterion, layer, inputs)
         if layer.state is None:
             layer.state = torch.zeros_like(weight, dtype=layer.score_dtype)
             decay, gain = 0.0, 1.0  # the average starts at the first observation
@@ -325,25 +335,9 @@ class Pruner:
             normalizer=normalizer(self.criterion, layer),
         )
 
-    def _prune(self, target: Target) -> None:
+    def _prune(self, target: Target, inputs: Inputs) -> None:
         self._check_parameters()
-
-        def given_state(layer: Layer) -> tuple[Tensor, float] | None:
-            if self.optimizer is None:
-                return self.criterion.given_state(layer.name, {}, {})
-            group = surgery.group_of(self.optimizer, layer.parameter)
-            moments = self.optimizer.state.get(layer.parameter, {})
-            return self.criterion.given_state(layer.name, moments, group or {})
-
-        choice = choose(
-            self.layers,
-            self.criterion,
-            self.granularity,
-            target,
-            self.scope,
-            self.step,
-            given_state,
-        )
+        choice = choose(self.layers, self.criterion, self.granularity, target, self.scope, inputs)
         if not target.permanent:
             for layer, units in zip(self.layers, choice.unit_bits, strict=True):
                 mask = layer.expand(ops.unpack_mask(units, layer.grid))
@@ -387,6 +381,9 @@ class Pruner:
 
     def _mask_everything(self, layers: list[Layer]) -> None:
         self._mask((t, layer) for layer in layers for t in self._weight_and_moments(layer))
+        self._mask_gradients(layers)
+
+    def _mask_gradients(self, layers: list[Layer]) -> None:
         self._mask(
             (layer.parameter.grad, layer) for layer in layers if layer.parameter.grad is not None
         )
@@ -405,6 +402,12 @@ class _GradientMask:
     def __call__(self, parameter: Tensor) -> None:
         if parameter.grad is not None and self.layer.alive < parameter.numel():
             ops.mask_([parameter.grad], [self.layer.bits])
+
+
+def _is_skipped(optimizer: Optimizer) -> bool:
+    """Whether a fused step under GradScaler, which runs the hooks either way, does nothing."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf)
 
 
 def _check_policy(criterion: Criterion, scope: str) -> None:
@@ -454,15 +457,12 @@ def prune_(
     else:
         target = Target(sparsity=OneShot(sparsity or 0.0).sparsity)
     layers, _ = find_layers(model, granularity, include, exclude)
-    choice = choose(
-        layers,
-        criterion,
-        granularity,
-        target,
-        scope,
+    inputs = Inputs(
         0,
+        lambda layer: layer.parameter.grad,
         lambda layer: criterion.given_state(layer.name, {}, {}),
     )
+    choice = choose(layers, criterion, granularity, target, scope, inputs)
     for layer, units in zip(layers, choice.unit_bits, strict=True):
         layer.set_units(units)
     ops.mask_([layer.parameter for layer in layers], [layer.bits for layer in layers])
