@@ -39,9 +39,10 @@ class Pruner:
         granularity: what lives or dies together (``secateur.granularity``).
         schedule: when, and how far (``secateur.schedules``).
         scope: ``"global"``: all layers compete for the target; ``"layer"``: each layer meets it.
-        include: name globs of the parameters to prune, or of modules whose weights to prune. None:
-            every weight of two dimensions or more that is no norm, bias or embedding.
-        exclude: name globs of parameters or modules to leave out.
+        include: name globs of the parameters to prune, whatever they are, or of modules, which
+            stand for all weights inside. None: every weight of the model. A weight is a parameter
+            of two dimensions or more that belongs to no norm and no embedding.
+        exclude: name globs of the parameters or modules to leave out.
 
     Raises:
         TypeError, ValueError: an argument is not what it should be, a glob matches nothing, the
@@ -431,8 +432,8 @@ def prune_(
     """Prune a model in place, once, with no optimizer.
 
     Args:
-        model, criterion, granularity, scope, include, exclude: as for :class:`Pruner`. Criteria
-            that need gradients take them from ``.grad``.
+        model, criterion, granularity, scope, include, exclude: as for :class:`Pruner`; frozen
+            parameters are pruned too. Criteria that need gradients take them from ``.grad``.
         sparsity: fraction of the units to prune, in [0, 1).
         threshold: prune every unit with a score below it. Exactly one of the two is given.
 
@@ -456,7 +457,7 @@ def prune_(
         target = Target(threshold=Threshold(threshold).epsilon)
     else:
         target = Target(sparsity=OneShot(sparsity or 0.0).sparsity)
-    layers, _ = find_layers(model, granularity, include, exclude)
+    layers, _ = find_layers(model, granularity, include, exclude, frozen=True)
     inputs = Inputs(
         0,
         lambda layer: layer.parameter.grad,
