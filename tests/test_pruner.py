@@ -63,6 +63,13 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9, centered=True),
     "rprop": lambda p: torch.optim.Rprop(p, lr=1e-2),
     "asgd": lambda p: torch.optim.ASGD(p, lr=1e-2, t0=3),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2, initial_accumulator_value=0.1),
+    "adadelta": lambda p: torch.optim.Adadelta(p, lr=1.0, weight_decay=1e-2),
+    "adamax": lambda p: torch.optim.Adamax(p, lr=1e-2, weight_decay=1e-2),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=1e-2, weight_decay=1e-2),
+    "radam": lambda p: torch.optim.RAdam(p, lr=1e-2, weight_decay=1e-2),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
+    "muon": lambda p: torch.optim.Muon([q for q in p if q.ndim == 2], lr=1e-2),
 }
 GRANULARITIES = [Element(), Block(8), Block(4, 16, reduce="max"), Block(5, 7, reduce="l2")]
 CRITERIA = [
@@ -85,7 +92,7 @@ def check_dead_are_zero(pruner: Pruner, optimizer: torch.optim.Optimizer) -> Non
         dead = ~layer.mask
         assert torch.all(layer.parameter[dead] == 0), layer.name
         for key, value in optimizer.state[layer.parameter].items():
-            if isinstance(value, Tensor) and value.shape == layer.shape and key != "step_size":
+            if isinstance(value, Tensor) and value.shape == layer.shape:
                 assert torch.all(value[dead] == 0), (layer.name, key)
 
 
