@@ -264,46 +264,55 @@ void run_features(const Args& g, const B* blocks, const Compute<T>* a, int64_t s
 // I output features, which divide a block, x R rows of the batch from the row that `x` and `out`
 // are. Blocks are as stored.
 template <typename T, int I, int R>
-SECATEUR_INLINE inline void dot_tile(const Side& s, int64_t line, int64_t i0, const Compute<T>* x,
-                                     int64_t panel_stride, int64_t row_stride, const T* blocks,
-                                     const T* bias, T* out) {
+inline void dot_tile(const Side& s, int64_t line, int64_t i0, const Compute<T>* x,
+                     int64_t panel_stride, int64_t row_stride, const T* blocks, const T* bias,
+                     T* out) {
   using C = Compute<T>;
   constexpr int W = kLanes<C>;
-  Tile<C, I, R, W> tile = {};
-  C rest[I][R] = {};
-  for (int64_t p = s.ptr[line]; p < s.ptr[line + 1]; ++p) {
-    const T* const w = blocks + (p * s.line_width + i0) * s.inner_width;
-    const C* const a = x + s.index[p] * panel_stride;
-    const int64_t inner = s.inner(p);
-    int64_t l = 0;
-    for (; l + W <= inner; l += W) {
-      Vec<C, W> right[R];
-      unroll<R>([&](auto m) SECATEUR_INLINE { right[m] = load<W>(a + m * row_stride + l); });
-      unroll<I>([&](auto i) SECATEUR_INLINE {
-        const Vec<C, W> left = load<W>(w + i * s.inner_width + l);
-        unroll<R>([&](auto m) SECATEUR_INLINE { tile.acc[i][m] += left * right[m]; });
-      });
+  constexpr int kSums = (I * R + W - 1) / W * W;
+  const int64_t begin = s.ptr[line], end = s.ptr[line + 1];
+  const T* const first = blocks + i0 * s.inner_width;
+  alignas(64) C lanes[kSums][W] = {};
+  {
+    Tile<C, I, R, W> tile = {};
+    for (int64_t p = begin; p < end; ++p) {
+      const T* const w = first + p * s.line_width * s.inner_width;
+      const C* const a = x + s.index[p] * panel_stride;
+      for (int64_t l = 0, inner = s.inner(p); l + W <= inner; l += W) {
+        Vec<C, W> right[R];
+        unroll<R>([&](auto m) SECATEUR_INLINE { right[m] = load<W>(a + m * row_stride + l); });
+        unroll<I>([&](auto i) SECATEUR_INLINE {
+          const Vec<C, W> left = load<W>(w + i * s.inner_width + l);
+          unroll<R>([&](auto m) SECATEUR_INLINE { tile.acc[i][m] += left * right[m]; });
+        });
+      }
     }
-    for (; l < inner; ++l)
-      for (int i = 0; i < I; ++i)
-        for (int m = 0; m < R; ++m)
-          rest[i][m] += widen(w[i * s.inner_width + l]) * a[m * row_stride + l];
-  }
-  unroll<(I * R + W - 1) / W>([&](auto group) SECATEUR_INLINE {
-    Vec<C, W> each[W] = {};
-    unroll<W>([&](auto k) SECATEUR_INLINE {
-      constexpr int n = group * W + k;
-      if constexpr (n < I * R) each[k] = tile.acc[n / R][n % R];
+    unroll<I>([&](auto i) SECATEUR_INLINE {
+      unroll<R>([&](auto m) SECATEUR_INLINE { store<W>(lanes[i * R + m], tile.acc[i][m]); });
     });
+  }
+  // Only the last block of a line may end within a vector.
+  const int64_t tail = begin < end ? s.inner(end - 1) % W : 0;
+  if (tail > 0) {
+    const int64_t l0 = s.inner(end - 1) - tail;
+    const T* const w = first + (end - 1) * s.line_width * s.inner_width;
+    const C* const a = x + s.index[end - 1] * panel_stride;
+    for (int n = 0; n < I * R; ++n)
+      for (int64_t l = l0; l < l0 + tail; ++l)
+        lanes[n][0] += widen(w[n / R * s.inner_width + l]) * a[n % R * row_stride + l];
+  }
+  for (int n0 = 0; n0 < I * R; n0 += W) {
+    Vec<C, W> each[W];
+    unroll<W>([&](auto k) SECATEUR_INLINE { each[k] = load<W>(lanes[n0 + k]); });
     alignas(64) C sums[W];
     store<W>(sums, sum_each<C, W>(each));
-    for (int n = group * W; n < std::min<int>(I * R, (group + 1) * W); ++n) {
+    for (int n = n0; n < std::min(I * R, n0 + W); ++n) {
       const int64_t f = line * s.line_width + i0 + n / R;
       if (f >= s.out_features) break;
-      const C sum = sums[n - group * W] + rest[n / R][n % R];
-      out[n % R * s.out_features + f] = narrow<T>(bias ? sum + widen(bias[f]) : sum);
+      const C sum = sums[n - n0] + (bias ? widen(bias[f]) : C{0});
+      out[n % R * s.out_features + f] = narrow<T>(sum);
     }
-  });
+  }
 }
 
 template <typename T, int R>
