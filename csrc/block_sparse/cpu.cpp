@@ -740,7 +740,9 @@ Plan plan_for(const Args& g) {
   } else {
     plan.method = Method::Features;
     plan.panel = kFewLanes;
-    lay_out_left(kNarrow || !few ? Layout::Transposed : Layout::InPlace);
+    // Tiles one vector wide read many rows at once, too many to follow where they lie.
+    const bool in_place = !kNarrow && (few || s.line_width >= 2 * W);
+    lay_out_left(in_place ? Layout::InPlace : Layout::Transposed);
     plan.transpose_values = forward;
     if (forward || (kNarrow && !few)) copy_values();
     plan.run = group_stage(s.ptr, s.lines, 1, ceil_div(g.batch, kFeatureRows),
@@ -805,11 +807,16 @@ void run_for(const Args& g, int64_t begin, int64_t end) {
   const auto* const a = static_cast<const C*>(forward ? (in_place ? g.x : g.x_space)
                                                       : (in_place ? g.dy : g.dy_space));
   const int64_t stride = forward ? g.x_stride : g.dy_stride;
-  if (!in_place && g.values_space)
-    return run_features<T, true>(g, static_cast<const C*>(g.values_space), a, 0, begin, end);
-  if (in_place)
-    return run_features<T, false>(g, static_cast<const T*>(g.values), a, stride, begin, end);
-  run_features<T, true>(g, static_cast<const T*>(g.values), a, 0, begin, end);
+  const auto run = [&](const auto* blocks) {
+    if (in_place)
+      run_features<T, false>(g, blocks, a, stride, begin, end);
+    else
+      run_features<T, true>(g, blocks, a, 0, begin, end);
+  };
+  if (g.values_space)
+    run(static_cast<const C*>(g.values_space));
+  else
+    run(static_cast<const T*>(g.values));
 }
 
 }  // namespace
