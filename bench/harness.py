@@ -75,6 +75,16 @@ def _line(cells: Sequence[Any]) -> str:
     return " ".join(f"{c:>9.3f}" if isinstance(c, float) else f"{c!s:>9}" for c in cells)
 
 
+def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows of the same columns, each as wide as it needs."""
+    lines = [list(rows[0])]
+    for row in rows:
+        lines.append([f"{x:.2f}" if isinstance(x, float) else str(x) for x in row.values()])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+
+
 def environment() -> dict[str, Any]:
     """What a measurement cannot be read without."""
     return {

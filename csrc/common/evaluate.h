@@ -61,6 +61,21 @@ inline const T* fetch(const View& t, int64_t index, int64_t n, T* buffer) {
   }
 }
 
+// Asks for elements index..index + n of `t`, where they are one stretch of memory.
+inline void prefetch(const View& t, int64_t index, int64_t n) {
+  if (!t.data || t.ndim != 1 || t.stride[0] != 1) return;
+  const int64_t size = t.dtype == Dtype::Double ? 8 : t.dtype == Dtype::Float ? 4 : 2;
+  const char* const data = static_cast<const char*>(t.data);
+  for (int64_t byte = index * size; byte < (index + n) * size; byte += 64)
+    __builtin_prefetch(data + byte);
+}
+
+inline void prefetch(const ScoreInputs& in, int64_t index, int64_t n) {
+  prefetch(in.weight, index, n);
+  prefetch(in.grad, index, n);
+  prefetch(in.state, index, n);
+}
+
 template <Formula F, Mode M, bool kWrite, typename T>
 inline void score_run(const T* w, const T* g, T* state, const ScoreParams& params, int64_t index,
                       int64_t n, T* out) {

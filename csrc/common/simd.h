@@ -199,28 +199,33 @@ __attribute__((always_inline)) inline Vec<T, N> sum_each(Vec<T, N> (&v)[N]) {
   }
 }
 
-// Bit i is set where lane i of a comparison's result is true; N lanes make one machine vector.
+// Bit i is set where a[i] > b[i]; N lanes of a signed integer make one machine vector.
 template <int N, typename T>
-inline uint32_t bits_of(Vec<T, N> truth) {
+inline uint32_t bits_greater(Vec<T, N> a, Vec<T, N> b) {
+  static_assert(std::is_signed_v<T> && sizeof(a) == kVectorBytes);
 #if defined(__AVX512F__)
-  if constexpr (sizeof(truth) == 64 && sizeof(T) == 4)
-    return _mm512_movepi32_mask(reinterpret_cast<__m512i>(truth));
-  if constexpr (sizeof(truth) == 64 && sizeof(T) == 8)
-    return _mm512_movepi64_mask(reinterpret_cast<__m512i>(truth));
-#elif defined(__AVX2__)
-  if constexpr (sizeof(truth) == 32 && sizeof(T) == 4)
+  const auto x = reinterpret_cast<__m512i>(a), y = reinterpret_cast<__m512i>(b);
+  if constexpr (sizeof(T) == 4)
+    return _mm512_cmpgt_epi32_mask(x, y);
+  else
+    return _mm512_cmpgt_epi64_mask(x, y);
+#else
+  const auto truth = a > b;
+#if defined(__AVX2__)
+  if constexpr (sizeof(T) == 4)
     return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(truth)));
-  if constexpr (sizeof(truth) == 32 && sizeof(T) == 8)
+  else
     return static_cast<uint32_t>(_mm256_movemask_pd(reinterpret_cast<__m256d>(truth)));
 #elif defined(__x86_64__)
-  if constexpr (sizeof(truth) == 16 && sizeof(T) == 4)
+  if constexpr (sizeof(T) == 4)
     return static_cast<uint32_t>(_mm_movemask_ps(reinterpret_cast<__m128>(truth)));
-  if constexpr (sizeof(truth) == 16 && sizeof(T) == 8)
+  else
     return static_cast<uint32_t>(_mm_movemask_pd(reinterpret_cast<__m128d>(truth)));
 #else
   uint32_t bits = 0;
   for (int i = 0; i < N; ++i) bits |= static_cast<uint32_t>(truth[i] & 1) << i;
   return bits;
+#endif
 #endif
 }
 

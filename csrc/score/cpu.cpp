@@ -78,6 +78,8 @@ void reduce_columns(const Args& a, int64_t row, int64_t row_end, int64_t col, in
   const int64_t step = n == a.n_cols ? kRun / n : 1;
   for (; row < row_end; row += step) {
     const int64_t count = std::min(step, row_end - row);
+    // The next row is too far away for the hardware to foresee.
+    if (row + count < row_end) prefetch(a.inputs, (row + count) * a.n_cols + col, n);
     evaluate<M>(a.inputs, row * a.n_cols + col, count * n, buffers, run);
     for (int64_t r = 0; r < count; ++r) combine_run<R, true>(column, run + r * n, n);
   }

@@ -17,8 +17,8 @@ namespace {
 
 constexpr int kSampleRun = 16;  // neighbours sampled together: one cache line of float
 constexpr int64_t kMaxSample = int64_t{1} << 18;
-constexpr int64_t kMinCapacity = 16384;
-constexpr int64_t kElementsPerCapacity = 128;  // 6 bytes for 128 scores: about 1 % of their size
+constexpr int64_t kMinCapacity = 49152;
+constexpr int64_t kElementsPerCapacity = 160;  // 6 bytes for 160 scores: 1 % of their size
 
 template <typename K>
 constexpr K kLowest = std::numeric_limits<K>::min();
@@ -40,36 +40,41 @@ struct KeyRule {
   template <typename V>
   Int<V> key(V score) const {
     const Int<V> bits = bits_as<Int<V>>(score + V{});
-    return bits ^ (bits >> (sizeof(K) * 8 - 1) & kHighest<K>)^flip;
+    const Int<V> negative = bits >> (sizeof(K) * 8 - 1);  // all ones
+    const Int<V> reverse = negative & kHighest<K>;
+    return bits ^ reverse ^ flip;
   }
 
+  // An error if it is above the limit.
   template <typename V>
-  auto bad(V score) const {
-    return bits_as<Int<V>>(absolute(score)) > Int<V>{} + limit;
+  static Int<V> magnitude(V score) {
+    return bits_as<Int<V>>(absolute(score));
   }
 };
 
 // What of 64 neighbouring elements lies where, one bit each.
 struct Classes {
-  uint64_t above, inside, bad;
+  uint64_t above, inside;
+  bool bad;  // some score is an error
 };
 
 template <typename T>
 inline Classes classify(const T* scores, const KeyRule<T>& rule, Int<T> low, Int<T> high) {
   constexpr int lanes = kLanes<T>;
   using V = Vec<T, lanes>;
-  Classes c{0, 0, 0};
+  using I = Int<V>;
+  uint64_t above = 0, below = 0;
+  I largest{};
   for (int i = 0; i < 64; i += lanes) {
     V x;
     std::memcpy(&x, scores + i, sizeof(x));
-    const Int<V> key = rule.key(x);
-    const auto above = key > Int<V>{} + high;
-    const auto inside = (key >= Int<V>{} + low) & ~above;
-    c.above |= uint64_t{bits_of<lanes, Int<T>>(above)} << i;
-    c.inside |= uint64_t{bits_of<lanes, Int<T>>(inside)} << i;
-    c.bad |= uint64_t{bits_of<lanes, Int<T>>(rule.bad(x))} << i;
+    const I key = rule.key(x);
+    above |= uint64_t{bits_greater<lanes, Int<T>>(key, I{} + high)} << i;
+    below |= uint64_t{bits_greater<lanes, Int<T>>(I{} + low, key)} << i;
+    const I magnitude = rule.magnitude(x);
+    largest = magnitude > largest ? magnitude : largest;
   }
-  return c;
+  return {above, ~(above | below), bits_greater<lanes, Int<T>>(largest, I{} + rule.limit) != 0};
 }
 
 // Bits of elements index..index + n, n <= 64, of a bit-packed mask; index is a multiple of 8.
@@ -112,6 +117,13 @@ inline void for_chunks(const Search& s, int64_t begin, int64_t end, F&& f) {
   }
 }
 
+template <typename T>
+inline bool any_bad(const T* scores, const KeyRule<T>& rule, uint64_t alive) {
+  bool bad = false;
+  for_bits(alive, [&](int i) { bad |= rule.magnitude(scores[i]) > rule.limit; });
+  return bad;
+}
+
 // Calls f(scores, classes of the living, element) for every 64 elements of a chunk; 64 scores can
 // be read.
 template <typename T, typename F>
@@ -134,7 +146,7 @@ inline void for_words(const Search& s, const Item& item, const KeyRule<T>& rule,
       Classes c = classify(x, rule, low, high);
       c.above &= alive;
       c.inside &= alive;
-      c.bad &= alive;
+      c.bad = c.bad && any_bad(x, rule, alive);
       f(x, c, begin + i, left);
     }
   }
@@ -203,8 +215,8 @@ int64_t count_from(const K* keys, int64_t n, K bound) {
 template <typename K>
 K kth(const K* keys, int64_t n, int64_t low, int64_t high, int64_t rank) {
   while (low < high) {
-    const int64_t middle = high - static_cast<int64_t>(
-        (static_cast<uint64_t>(high) - static_cast<uint64_t>(low)) / 2);
+    const int64_t middle =
+        high - static_cast<int64_t>((static_cast<uint64_t>(high) - static_cast<uint64_t>(low)) / 2);
     if (count_from(keys, n, static_cast<K>(middle)) >= rank)
       low = middle;
     else
@@ -213,25 +225,43 @@ K kth(const K* keys, int64_t n, int64_t low, int64_t high, int64_t rank) {
   return static_cast<K>(low);
 }
 
+// Keys of one run of neighbours in each of n_tasks equal parts of the elements.
 template <typename T>
 void run_sample(Search& s, int64_t begin, int64_t end) {
+  using K = Int<T>;
+  struct Place {
+    const Item* item;
+    int64_t first, n;
+  };
+  constexpr int ahead = 16;  // places that memory is asked for before the first is read
   const KeyRule<T> rule(s);
-  Int<T>* const keys = static_cast<Int<T>*>(s.keys);
+  const int64_t part = s.numel / s.n_tasks;
+  const Item* item = s.items;
+  const Item* const last = s.items + s.n_items - 1;
   RunBuffers<T> buffers;
-  for (int64_t task = begin; task < end; ++task) {
-    // A random element of each of n_tasks equal parts: a fixed stride could follow a row's length.
-    const int64_t part = s.numel / s.n_tasks;
-    const int64_t element = task * part + mix(static_cast<uint32_t>(task)) % part;
-    const Item& item =
-        std::upper_bound(s.items, s.items + s.n_items, element,
-                         [](int64_t e, const Item& x) { return e < x.first_element; })[-1];
-    const int64_t first = (element - item.first_element) / kSampleRun * kSampleRun;
-    const int64_t n = std::min<int64_t>(kSampleRun, item.numel - first);
-    T run[kSampleRun];
-    const T* const scores = scores_of(s, item, first, n, buffers, run);
-    const uint64_t alive = mask_word(item.alive, first, n);
-    int64_t at = __atomic_fetch_add(&s.pooled, __builtin_popcountll(alive), __ATOMIC_RELAXED);
-    for_bits(alive, [&](int i) { keys[at++] = rule.key(scores[i]); });
+  for (int64_t task = begin; task < end; task += ahead) {
+    const int64_t count = std::min<int64_t>(ahead, end - task);
+    Place places[ahead];
+    for (int64_t i = 0; i < count; ++i) {
+      // Anywhere in the part: a fixed stride could follow a row's length.
+      const int64_t element =
+          (task + i) * part + mix(static_cast<uint32_t>(task + i)) % static_cast<uint64_t>(part);
+      while (item < last && element >= item[1].first_element) ++item;
+      const int64_t first = (element - item->first_element) / kSampleRun * kSampleRun;
+      places[i] = {item, first, std::min<int64_t>(kSampleRun, item->numel - first)};
+      prefetch(item->inputs, first, places[i].n);
+    }
+    K keys[ahead * kSampleRun];
+    int64_t sampled = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const Place& p = places[i];
+      T run[kSampleRun];
+      const T* const scores = scores_of(s, *p.item, p.first, p.n, buffers, run);
+      for_bits(mask_word(p.item->alive, p.first, p.n),
+               [&](int j) { keys[sampled++] = rule.key(scores[j]); });
+    }
+    const int64_t at = __atomic_fetch_add(&s.pooled, sampled, __ATOMIC_RELAXED);
+    std::copy_n(keys, sampled, static_cast<K*>(s.keys) + at);
   }
 }
 
@@ -240,14 +270,14 @@ void run_sweep(Search& s, int64_t begin, int64_t end) {
   using K = Int<T>;
   const KeyRule<T> rule(s);
   RunBuffers<T> buffers;
-  alignas(64) K keys[kChunk];
-  uint16_t offsets[kChunk];
+  alignas(64) K keys[kChunk + 1];
+  uint16_t offsets[kChunk + 1];
   const bool collect = s.low < s.high;
   int64_t total_above = 0, total_inside = 0, bad_item = s.n_items;
   for_chunks(s, begin, end,
              [&](const Item& item, int64_t i, int64_t chunk, int64_t first, int64_t n) {
                int64_t inside = 0, collected = 0;
-               uint64_t bad = 0;
+               bool bad = false;
                for_words<T>(s, item, rule, first, n, buffers,
                             [&](const T* scores, const Classes& c, int64_t at, int64_t left) {
                               store_mask(item, first + at, left, c.above);
@@ -255,10 +285,16 @@ void run_sweep(Search& s, int64_t begin, int64_t end) {
                               total_above += __builtin_popcountll(c.above);
                               inside += __builtin_popcountll(c.inside);
                               if (!collect) return;
-                              for_bits(c.inside, [&](int j) {
+                              // Most words hold no candidate or one: written in any case, so
+                              // that there is no branch to mispredict, and counted if it is there.
+                              uint64_t left_inside = c.inside;
+                              do {
+                                const int j = __builtin_ctzll(left_inside | uint64_t{1} << 63);
                                 keys[collected] = rule.key(scores[j]);
-                                offsets[collected++] = static_cast<uint16_t>(at + j);
-                              });
+                                offsets[collected] = static_cast<uint16_t>(at + j);
+                                collected += left_inside != 0;
+                                left_inside &= left_inside - 1;
+                              } while (left_inside);
                             });
                if (bad) bad_item = std::min(bad_item, i);
                total_inside += inside;
@@ -456,7 +492,7 @@ void advance_typed(Search& s) {
 
 }  // namespace
 
-int64_t capacity(int64_t numel) { return std::max(kMinCapacity, numel / kElementsPerCapacity); }
+int64_t capacity(int64_t numel) { return kMinCapacity + numel / kElementsPerCapacity; }
 
 void start(Search& s) {
   s.step = Step::Done;
