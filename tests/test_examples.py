@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import math
 import runpy
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -41,7 +39,7 @@ def finished(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
     return calls
 
 
-def check(finished: list[tuple[object, ...]], out: Path, steps: int, sparsity: float) -> None:
+def check(finished: list[tuple[object, ...]], out: Path, steps: int, sparsity: float) -> int:
     ((_, dense, pruned, _),) = finished
     assert (out / "report.png").stat().st_size > 10_000
     assert "data:image/png;base64," in (out / "report.html").read_text(encoding="utf-8")
@@ -51,12 +49,11 @@ def check(finished: list[tuple[object, ...]], out: Path, steps: int, sparsity: f
     assert dense.loss[: steps // 10 + 1] == pruned.loss[: steps // 10 + 1]  # until pruning begins
     assert dense.sparsity == [0.0] * steps
     assert pruned.sparse_from == steps // 2 + 1
-    units = sum(layer.units for layer in pruned.layers)
     assert all(layer.target == sparsity for layer in pruned.layers)
     assert any(layer.runs.startswith("block-sparse") for layer in pruned.layers)
     assert pruned.parameters < dense.parameters
     assert pruned.bytes < dense.bytes
-    return units
+    return sum(layer.units for layer in pruned.layers)
 
 
 def test_gpt(
@@ -66,8 +63,8 @@ def test_gpt(
 ) -> None:
     import gpt
 
-    size = "--steps 20 --batch 2 --context 16 --heads 1 --depth 2 --threads 1".split()
-    gpt.main([*size, "--out", str(tmp_path)])
+    size = ["--batch=2", "--context=16", "--heads=1", "--depth=2", "--threads=1"]
+    gpt.main(["--steps=20", *size, f"--out={tmp_path}"])
     units = check(finished, tmp_path, steps=20, sparsity=0.8)
     pruned = finished[0][2]
     # All units are 32x32 here, so the share of dead weights is the share of dead units.
@@ -102,8 +99,8 @@ def test_mnist(tmp_path: Path, finished: list[tuple[object, ...]]) -> None:
     import mnist
 
     write_mnist(tmp_path)
-    arguments = ["--data", str(tmp_path), "--unchecked", "--out", str(tmp_path)]
-    mnist.main([*arguments, *"--steps 60 --batch 32 --threads 1".split()])
+    size = ["--steps=60", "--batch=32", "--threads=1"]
+    mnist.main([*size, f"--data={tmp_path}", "--unchecked", f"--out={tmp_path}"])
     check(finished, tmp_path, steps=60, sparsity=0.9)
     assert finished[0][2].results["test accuracy"] > 0.9
 
@@ -111,7 +108,7 @@ def test_mnist(tmp_path: Path, finished: list[tuple[object, ...]]) -> None:
 def test_mnist_refuses_other_files(tmp_path: Path) -> None:
     import mnist
 
-    with pytest.raises(SystemExit, match="expected .*train-images.*make mnist gets it"):
+    with pytest.raises(SystemExit, match=r"expected .*train-images.*make mnist gets it"):
         mnist.main(["--data", str(tmp_path)])
     write_mnist(tmp_path)
     raw = (tmp_path / "train-images-idx3-ubyte").read_bytes()

@@ -16,10 +16,22 @@ import secateur
 ROOT = Path(__file__).parent.parent
 
 # A module may import those that stand before it.
-ORDER = """
-    _C ops sparse surgery granularity criteria schedules scope curvature layers selection nn pruner
-    report
-""".split()
+ORDER = [
+    "_C",
+    "ops",
+    "sparse",
+    "surgery",
+    "granularity",
+    "criteria",
+    "schedules",
+    "scope",
+    "curvature",
+    "layers",
+    "selection",
+    "nn",
+    "pruner",
+    "report",
+]
 
 
 def imports_of(path: Path) -> set[str]:
