@@ -53,8 +53,8 @@ void set_isa(const std::string& name) {
     }
     expected += (expected.empty() ? "" : ", ") + std::string(level.name);
   }
-  throw pybind11::value_error("expected an instruction set this CPU has (" + expected +
-                              "), got '" + name + "'");
+  throw pybind11::value_error("expected an instruction set this CPU has (" + expected + "), got '" +
+                              name + "'");
 }
 
 std::string isa() {

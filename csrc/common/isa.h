@@ -27,10 +27,10 @@ inline Isa current_isa = Isa::BASE;
   declaration;                        \
   }
 // The copy of `fn` for the current instruction set.
-#define SECATEUR_FOR_ISA(fn)                                                  \
-  (::secateur::current_isa == ::secateur::Isa::AVX512_BF16 ? AVX512_BF16::fn  \
-   : ::secateur::current_isa == ::secateur::Isa::AVX512    ? AVX512::fn       \
-   : ::secateur::current_isa == ::secateur::Isa::AVX2      ? AVX2::fn         \
+#define SECATEUR_FOR_ISA(fn)                                                 \
+  (::secateur::current_isa == ::secateur::Isa::AVX512_BF16 ? AVX512_BF16::fn \
+   : ::secateur::current_isa == ::secateur::Isa::AVX512    ? AVX512::fn      \
+   : ::secateur::current_isa == ::secateur::Isa::AVX2      ? AVX2::fn        \
                                                            : BASE::fn)
 #else
 #define SECATEUR_PER_ISA(declaration) \

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "common/dtype.h"
 
@@ -56,14 +57,16 @@ inline Vec<Compute<T>, N> load(const T* p) {
   } else {
 #if defined(__AVX512F__)
     if constexpr (N == 16)
+      // maskz: gcc 12 warns of the undefined source operand in the plain form.
       return reinterpret_cast<Vec<float, N>>(
-          _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+          _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 #endif
 #if defined(__F16C__)
     if constexpr (N % 8 == 0) {
       Vec<float, N> v;
       for (int i = 0; i < N; i += 8) {
-        const __m256 part = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i)));
+        const __m256 part =
+            _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i)));
         std::memcpy(reinterpret_cast<char*>(&v) + i * sizeof(float), &part, sizeof(part));
       }
       return v;
@@ -80,14 +83,145 @@ template <int N, typename T>
 inline void store(T* p, Vec<Compute<T>, N> v) {
   if constexpr (std::is_same_v<T, Compute<T>>) {
     std::memcpy(p, &v, sizeof(v));
+  } else if constexpr (std::is_same_v<T, BFloat16>) {  // narrow<BFloat16>, lane by lane
+    const auto bits = reinterpret_cast<Vec<uint32_t, N>>(v);
+    const auto quiet = (bits >> 16) | 0x40u;
+    const auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const auto nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    const auto half = __builtin_convertvector(nan ? quiet : rounded, Vec<uint16_t, N>);
+    std::memcpy(p, &half, sizeof(half));
   } else {
+#if defined(__AVX512F__)
+    if constexpr (N == 16) {
+      const __m256i half =
+          _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+      return;
+    }
+#endif
+#if defined(__F16C__)
+    if constexpr (N % 8 == 0) {
+      for (int i = 0; i < N; i += 8) {
+        __m256 part;
+        std::memcpy(&part, reinterpret_cast<const char*>(&v) + i * sizeof(float), sizeof(part));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p + i),
+                         _mm256_cvtps_ph(part, _MM_FROUND_TO_NEAREST_INT));
+      }
+      return;
+    }
+#endif
     for (int i = 0; i < N; ++i) p[i] = narrow<T>(v[i]);
   }
 }
 
+// The first `count` lanes only, 0 <= count <= N.
+template <int N, typename T>
+inline void store_first(T* p, Vec<Compute<T>, N> v, int64_t count) {
+  if (count >= N) return store<N>(p, v);
+  T lanes[N];
+  store<N>(lanes, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
+}
+
+// The first `count` lanes, zero in the others, 0 <= count <= N.
+template <int N, typename T>
+inline Vec<Compute<T>, N> load_first(const T* p, int64_t count) {
+  if (count >= N) return load<N>(p);
+  T lanes[N] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i] = p[i];
+  return load<N>(lanes);
+}
+
 template <typename V, typename T>
 inline V broadcast(T x) {
-  return V{} + x;
+  return x - V{};  // exact, and free; x + 0 would be an addition that turns -0 into +0
+}
+
+// Calls f(std::integral_constant<int, i>) for i in [0, N): what f indexes with i stays in
+// registers.
+template <int N, typename F>
+__attribute__((always_inline)) inline void unroll(F&& f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, I>{}), ...);
+  }(std::make_integer_sequence<int, N>{});
+}
+
+template <int D, typename V>
+inline V lower_half(V a, V b) {  // a where bit D is clear; b, moved by D, where it is set
+  constexpr int n = sizeof(V) / sizeof(a[0]);
+  return [&]<int... L>(std::integer_sequence<int, L...>) {
+    return __builtin_shufflevector(a, b, ((L & D) ? n + (L ^ D) : L)...);
+  }(std::make_integer_sequence<int, n>{});
+}
+template <int D, typename V>
+inline V upper_half(V a, V b) {  // a, moved by D, where bit D is clear; b where it is set
+  constexpr int n = sizeof(V) / sizeof(a[0]);
+  return [&]<int... L>(std::integer_sequence<int, L...>) {
+    return __builtin_shufflevector(a, b, ((L & D) ? n + L : (L ^ D))...);
+  }(std::make_integer_sequence<int, n>{});
+}
+
+// In-place transpose of N vectors of N lanes.
+template <typename T, int N, int D = 1>
+__attribute__((always_inline)) inline void transpose(Vec<T, N> (&v)[N]) {
+  if constexpr (D < N) {
+    unroll<N>([&](auto i) __attribute__((always_inline)) {
+      if constexpr (!(i & D)) {
+        const Vec<T, N> a = v[i], b = v[i + D];
+        v[i] = lower_half<D>(a, b);
+        v[i + D] = upper_half<D>(a, b);
+      }
+    });
+    transpose<T, N, 2 * D>(v);
+  }
+}
+
+// Lane l is a[l] + a[l ^ D] where bit D of l is clear, b[l] + b[l ^ D] where it is set.
+template <int D, typename V>
+inline V select_sum(V a, V b) {
+  constexpr int n = sizeof(V) / sizeof(a[0]);
+  return [&]<int... L>(std::integer_sequence<int, L...>) {
+    return __builtin_shufflevector(a, b, ((L & D) ? n + L : L)...) +
+           __builtin_shufflevector(a, b, ((L & D) ? n + (L ^ D) : (L ^ D))...);
+  }(std::make_integer_sequence<int, n>{});
+}
+
+// Lane i of the result is the sum of the lanes of v[i]; v is overwritten.
+template <typename T, int N, int D = 1>
+__attribute__((always_inline)) inline Vec<T, N> sum_each(Vec<T, N> (&v)[N]) {
+  if constexpr (D < N) {
+    unroll<N>([&](auto i) __attribute__((always_inline)) {
+      if constexpr (i % (2 * D) == 0) v[i] = select_sum<D>(v[i], v[i + D]);
+    });
+    return sum_each<T, N, 2 * D>(v);
+  } else {
+    return v[0];
+  }
+}
+
+// Bit i is set where lane i of a comparison's result is true; N lanes make one machine vector.
+template <int N, typename T>
+inline uint32_t bits_of(Vec<T, N> truth) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(truth) == 64 && sizeof(T) == 4)
+    return _mm512_movepi32_mask(reinterpret_cast<__m512i>(truth));
+  if constexpr (sizeof(truth) == 64 && sizeof(T) == 8)
+    return _mm512_movepi64_mask(reinterpret_cast<__m512i>(truth));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(truth) == 32 && sizeof(T) == 4)
+    return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(truth)));
+  if constexpr (sizeof(truth) == 32 && sizeof(T) == 8)
+    return static_cast<uint32_t>(_mm256_movemask_pd(reinterpret_cast<__m256d>(truth)));
+#elif defined(__x86_64__)
+  if constexpr (sizeof(truth) == 16 && sizeof(T) == 4)
+    return static_cast<uint32_t>(_mm_movemask_ps(reinterpret_cast<__m128>(truth)));
+  if constexpr (sizeof(truth) == 16 && sizeof(T) == 8)
+    return static_cast<uint32_t>(_mm_movemask_pd(reinterpret_cast<__m128d>(truth)));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < N; ++i) bits |= static_cast<uint32_t>(truth[i] & 1) << i;
+  return bits;
+#endif
 }
 
 }  // namespace

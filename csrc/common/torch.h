@@ -9,6 +9,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include "common/dtype.h"
+#include "common/view.h"
 
 namespace secateur {
 
@@ -31,6 +32,34 @@ inline Dtype dtype_of(const Tensor& t, const char* op, const char* argument) {
                       " to be float32, bfloat16, float16 or float64, got ", t.scalar_type());
   }
   return Dtype::Float;
+}
+
+// `t` for a kernel that reads it; errors name `op` and `argument`.
+inline View view_of(const Tensor& t, const char* op, const char* argument) {
+  View view{const_cast<void*>(t.const_data_ptr()), dtype_of(t, op, argument), 0, {}, {}};
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    if (t.size(d) == 1) continue;
+    const int last = view.ndim - 1;
+    if (view.ndim > 0 && view.stride[last] == t.size(d) * t.stride(d)) {
+      view.size[last] *= t.size(d);
+      view.stride[last] = t.stride(d);
+      continue;
+    }
+    STD_TORCH_CHECK(view.ndim < kMaxDims, op, ": expected ", argument, " to have at most ",
+                    kMaxDims, " dimensions that cannot be merged, got a tensor of ", t.dim(),
+                    " dimensions");
+    view.size[view.ndim] = t.size(d);
+    view.stride[view.ndim++] = t.stride(d);
+  }
+  if (view.ndim == 0) view.size[0] = view.stride[0] = view.ndim = 1;
+  return view;
+}
+
+// The same for a kernel that writes to it.
+inline View mutable_view_of(const Tensor& t, const char* op, const char* argument) {
+  View view = view_of(t, op, argument);
+  view.data = t.mutable_data_ptr();
+  return view;
 }
 
 }  // namespace secateur

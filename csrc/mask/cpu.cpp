@@ -16,25 +16,6 @@ inline uint8_t gather_bits(uint64_t bools) {
   return static_cast<uint8_t>((bools & 0x0101010101010101u) * 0x0102040810204080u >> 56);
 }
 
-// Where logical element `index` of `t` lies, in elements, and how many follow it in its last
-// dimension.
-struct Position {
-  int64_t offset;
-  int64_t remaining;
-};
-
-inline Position locate(const View& t, int64_t index) {
-  const int last = t.ndim - 1;
-  const int64_t inner = index % t.size[last];
-  Position p{inner * t.stride[last], t.size[last] - inner};
-  index /= t.size[last];
-  for (int d = last - 1; d >= 0; --d) {
-    p.offset += index % t.size[d] * t.stride[d];
-    index /= t.size[d];
-  }
-  return p;
-}
-
 template <typename T>
 void apply_elements(const View& t, int64_t numel, const uint8_t* bits, int64_t begin, int64_t end) {
   T* const data = static_cast<T*>(t.data);
@@ -84,12 +65,13 @@ void unpack(const uint8_t* bits, int64_t numel, uint8_t* bools, int64_t begin, i
 }
 
 void apply(const View& tensor, int64_t numel, const uint8_t* bits, int64_t begin, int64_t end) {
-  switch (tensor.element_size) {  // zero is all bits clear in every dtype, so the size is enough
-    case 2:
+  switch (tensor.dtype) {  // zero is all bits clear in every dtype, so the size is enough
+    case Dtype::BFloat16:
+    case Dtype::Half:
       return apply_elements<uint16_t>(tensor, numel, bits, begin, end);
-    case 4:
+    case Dtype::Float:
       return apply_elements<uint32_t>(tensor, numel, bits, begin, end);
-    default:
+    case Dtype::Double:
       return apply_elements<uint64_t>(tensor, numel, bits, begin, end);
   }
 }

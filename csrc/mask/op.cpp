@@ -1,8 +1,7 @@
-#include "mask/mask.h"
-
 #include <vector>
 
 #include "common/torch.h"
+#include "mask/mask.h"
 
 namespace secateur::mask {
 namespace {
@@ -21,25 +20,6 @@ void check_bits(const char* op, const Tensor& bits, int64_t numel) {
   STD_TORCH_CHECK(bits.is_contiguous() && bits.numel() == byte_count(numel), op, ": expected ",
                   byte_count(numel), " contiguous bytes of mask for ", numel, " elements, got ",
                   bits.numel());
-}
-
-View view_of(const Tensor& t) {
-  View view{t.mutable_data_ptr(), static_cast<int64_t>(t.element_size()), 0, {}, {}};
-  for (int64_t d = 0; d < t.dim(); ++d) {
-    if (t.size(d) == 1) continue;
-    const int last = view.ndim - 1;
-    if (view.ndim > 0 && view.stride[last] == t.size(d) * t.stride(d)) {
-      view.size[last] *= t.size(d);
-      view.stride[last] = t.stride(d);
-      continue;
-    }
-    STD_TORCH_CHECK(view.ndim < kMaxDims, "mask_: expected at most ", kMaxDims,
-                    " dimensions that cannot be merged, got a tensor of ", t.dim(), " dimensions");
-    view.size[view.ndim] = t.size(d);
-    view.stride[view.ndim++] = t.stride(d);
-  }
-  if (view.ndim == 0) view.size[0] = view.stride[0] = view.ndim = 1;
-  return view;
 }
 
 Tensor pack_cpu(const Tensor& mask) {
@@ -80,10 +60,10 @@ void apply_cpu(std::vector<Tensor> tensors, std::vector<Tensor> bits) {
   for (size_t i = 0; i < tensors.size(); ++i) {
     const int64_t numel = tensors[i].numel();
     if (numel == 0) continue;
-    const View view = view_of(tensors[i]);
-    torch::stable::parallel_for(
-        0, byte_count(numel), kGrainBytes,
-        [&](int64_t begin, int64_t end) { run(view, numel, bytes(bits[i]), begin, end); });
+    const View view = mutable_view_of(tensors[i], "mask_", "tensors");
+    torch::stable::parallel_for(0, byte_count(numel), kGrainBytes, [&](int64_t begin, int64_t end) {
+      run(view, numel, bytes(bits[i]), begin, end);
+    });
   }
 }
 

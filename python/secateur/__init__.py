@@ -1,7 +1,55 @@
 """Prune networks while they train, and train faster as they thin out."""
 
-from secateur import ops
+from secateur import nn, ops
 from secateur._C import build_info
+from secateur.criteria import (
+    OBD,
+    Criterion,
+    Entropy,
+    Gradient,
+    HessianDiagonal,
+    Magnitude,
+    Movement,
+    Random,
+    Taylor,
+)
+from secateur.curvature import hutchinson_diagonal
+from secateur.granularity import Block, Element, Granularity
+from secateur.nn import BlockSparseLinear, densify, sparsify
+from secateur.pruner import Pruner, prune_
+from secateur.schedules import Cubic, Exponential, Linear, OneShot, Ramp, Schedule, Threshold
+from secateur.sparse import BlockSparse
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "build_info", "ops"]
+__all__ = [
+    "OBD",
+    "Block",
+    "BlockSparse",
+    "BlockSparseLinear",
+    "Criterion",
+    "Cubic",
+    "Element",
+    "Entropy",
+    "Exponential",
+    "Gradient",
+    "Granularity",
+    "HessianDiagonal",
+    "Linear",
+    "Magnitude",
+    "Movement",
+    "OneShot",
+    "Pruner",
+    "Ramp",
+    "Random",
+    "Schedule",
+    "Taylor",
+    "Threshold",
+    "__version__",
+    "build_info",
+    "densify",
+    "hutchinson_diagonal",
+    "nn",
+    "ops",
+    "prune_",
+    "sparsify",
+]

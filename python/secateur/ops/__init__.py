@@ -5,17 +5,35 @@ import os
 import torch
 
 from secateur import _C
+from secateur.ops import block_sparse as _block_sparse
+from secateur.ops import mask as _mask
+from secateur.ops import score as _score
+from secateur.ops import topk as _topk
+from secateur.ops._spec import OpSpec
+from secateur.ops.block_sparse import block_sparse_linear
+from secateur.ops.mask import mask_, pack_mask, unpack_mask
+from secateur.ops.score import FORMULAS, observe_, score, score_update_
+from secateur.ops.topk import NonFiniteScoreError, select, topk_mask
+
+SPECS: tuple[OpSpec, ...] = (*_mask.SPECS, *_score.SPECS, *_topk.SPECS, *_block_sparse.SPECS)
+
+__all__ = [
+    "FORMULAS",
+    "SPECS",
+    "NonFiniteScoreError",
+    "block_sparse_linear",
+    "mask_",
+    "observe_",
+    "pack_mask",
+    "score",
+    "score_update_",
+    "select",
+    "topk_mask",
+    "unpack_mask",
+]
 
 # Kernels follow torch's own choice (ATEN_CPU_CAPABILITY steers both) unless SECATEUR_ISA says more.
 _BEST = {"AVX2": "AVX2", "AVX512": _C.supported_isas()[-1]}
 _C.set_isa(
     os.environ.get("SECATEUR_ISA") or _BEST.get(torch.backends.cpu.get_cpu_capability(), "BASE")
 )
-
-from secateur.ops import mask as _mask  # noqa: E402
-from secateur.ops._spec import OpSpec  # noqa: E402
-from secateur.ops.mask import mask_, pack_mask, unpack_mask  # noqa: E402
-
-SPECS: tuple[OpSpec, ...] = (*_mask.SPECS,)
-
-__all__ = ["SPECS", "mask_", "pack_mask", "unpack_mask"]

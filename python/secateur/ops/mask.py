@@ -28,7 +28,8 @@ def pack_mask(mask: Tensor) -> Tensor:
     """
     if mask.dtype != torch.bool:
         raise TypeError(f"expected mask to be torch.bool, got {mask.dtype}")
-    return torch.ops.secateur.pack_mask(mask)
+    bits: Tensor = torch.ops.secateur.pack_mask(mask)
+    return bits
 
 
 def unpack_mask(bits: Tensor, shape: Sequence[int]) -> Tensor:
@@ -53,7 +54,8 @@ def unpack_mask(bits: Tensor, shape: Sequence[int]) -> Tensor:
             f"expected {(numel + 7) // 8} bytes (uint8) for a mask of shape {tuple(shape)}, "
             f"got {bits.dtype} of shape {tuple(bits.shape)}"
         )
-    return torch.ops.secateur.unpack_mask(bits.contiguous(), list(shape))
+    mask: Tensor = torch.ops.secateur.unpack_mask(bits.contiguous(), list(shape))
+    return mask
 
 
 def mask_(tensors: Sequence[Tensor], bits: Sequence[Tensor]) -> None:

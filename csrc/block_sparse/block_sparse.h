@@ -1,0 +1,71 @@
+#pragma once
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "common/isa.h"
+
+namespace secateur::block_sparse {
+
+// W (out_features, in_features) is cut into blocks of (rows, cols); blocks that stick out over the
+// edge are stored whole, and no kernel reads or lets through what lies outside of the matrix.
+enum class Product : int32_t {
+  Forward,         // Y = X W^T + bias            x, values, bias -> out (batch, out_features)
+  InputGradient,   // dX = dY W                   dy, values      -> out (batch, in_features)
+  WeightGradient,  // dW = dY^T X, live blocks    dy, x           -> out (n_blocks, rows, cols)
+};
+
+// How a matrix (batch, features) is laid out for the kernel.
+enum class Layout : int32_t {
+  InPlace,     // as given
+  Panels,      // [features / block][batch][block], zero beyond the last feature
+  Transposed,  // [batch / kPanel][features][kPanel], zero beyond the last row
+};
+
+// Which loop runs over the vector lanes; see cpu.cpp.
+enum class Method : int32_t { Features, Dots, Batch };
+
+// One parallel step of an op; `grain` items are worth a thread.
+struct Stage {
+  int64_t items = 0;
+  int64_t grain = 1;
+};
+
+struct Plan {
+  Method method;
+  Layout x = Layout::InPlace;
+  Layout dy = Layout::InPlace;
+  bool transpose_values = false;  // each block, in values_space
+  bool reorder_values = false;    // blocks in column order, in values_space
+  int64_t panel;  // rows of the batch that a task takes; lanes of Layout::Transposed
+  int64_t x_bytes = 0, dy_bytes = 0, values_bytes = 0;  // workspaces; 0: none
+  Stage pack_x, pack_dy, pack_values, run;
+};
+
+struct Args {
+  Product product;
+  Dtype dtype;
+  int64_t batch, out_features, in_features;
+  int64_t rows, cols, block_rows, block_cols, n_blocks;
+  // Row order: block p lies at block row row_of[p], block column col[p]; row r owns
+  // [row_ptr[r], row_ptr[r + 1]). Column order: the q-th block lies at block row row_t[q] and is
+  // block position_t[q] of the row order.
+  const int32_t *row_ptr, *col, *row_of, *col_ptr, *row_t, *position_t;
+  // Unit stride along features; strides in elements from one row of the batch to the next.
+  const void* x;
+  int64_t x_stride;
+  const void* dy;
+  int64_t dy_stride;
+  const void* values;
+  const void* bias;  // may be null
+  void* out;         // contiguous
+  Plan plan;
+  void *x_space, *dy_space, *values_space;
+};
+
+using MakePlan = Plan(const Args& args);
+using RunStage = void(const Args& args, int64_t begin, int64_t end);
+
+SECATEUR_PER_ISA(MakePlan make_plan; RunStage pack_x; RunStage pack_dy; RunStage pack_values;
+                 RunStage run)
+
+}  // namespace secateur::block_sparse

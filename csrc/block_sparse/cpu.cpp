@@ -1,0 +1,849 @@
+// Block-sparse products. Bound by fused multiply-adds: every live weight is multiplied once by
+// every row of the batch, accumulators stay in registers over all blocks that meet one output, and
+// an output is written once.
+//
+// One micro kernel, multiply_add(): C[i][v] += sum over l of A[i, l] * B[l, v], with A broadcast
+// and v in vector lanes. What runs over the lanes depends on the block:
+//   Features  blocks that vectors divide: lanes are features; B is a block (transposed beforehand
+//             for the forward product), A is X or dY.
+//   Batch     all others, single weights too: lanes are rows of the batch, A is the block as stored
+//             and B is X or dY, transposed beforehand. For dW the same layout gives dot products.
+//   Dots      forward with few rows: lanes run along a block's columns, so that each weight is
+//             read once, as stored.
+// Along the inner dimension a block that sticks out over the edge is walked up to the edge only,
+// so what is stored beyond it is never read.
+// Compiled once per instruction set; no torch header, no static data (see cmake/op.cmake).
+#include <algorithm>
+#include <type_traits>
+
+#include "block_sparse/block_sparse.h"
+#include "common/simd.h"
+
+#define SECATEUR_INLINE __attribute__((always_inline))
+
+namespace secateur::block_sparse::SECATEUR_ISA {
+namespace {
+
+// Fewer rows than this do not pay for transposing the weights.
+constexpr int64_t kFewRows = 16;
+constexpr int64_t kBatchLanes = 64;           // rows of the batch in one transposed panel
+constexpr int64_t kFewLanes = 16;             // the same for small batches and for Features
+constexpr int64_t kFeatureRows = 64;          // rows of the batch in one task of Features
+constexpr int64_t kFeatureChunk = 16;         // output features that Batch transposes at a time
+constexpr int64_t kSmallBlock = 16;           // weights
+constexpr int64_t kTaskMultiplies = 1 << 16;  // worth waking a thread
+
+// Accumulators a tile may hold: the rest of the registers take B and the broadcast.
+constexpr int kAccumulators = kVectorRegisters == 32 ? 16 : 8;
+constexpr int kMaxVectors = kVectorRegisters == 32 ? 4 : 2;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <typename C, int R, int NV, int W>
+struct Tile {
+  Vec<C, W> acc[R][NV];
+};
+
+using One = std::integral_constant<int64_t, 1>;
+using FewLanes = std::integral_constant<int64_t, kFewLanes>;
+
+// a(i, l) = a[i * line + l * step]; strides are int64_t or compile-time constants.
+template <typename C, int R, int NV, int W, typename B, typename Line, typename Step>
+SECATEUR_INLINE inline void multiply_add(Tile<C, R, NV, W>& tile, const C* a, Line line, Step step,
+                                         const B* b, int64_t b_step, int64_t inner) {
+  for (int64_t l = 0; l < inner; ++l) {
+    Vec<C, W> right[NV];
+    unroll<NV>([&](auto v) SECATEUR_INLINE { right[v] = load<W>(b + v * W); });
+    unroll<R>([&](auto i) SECATEUR_INLINE {
+      const Vec<C, W> left = broadcast<Vec<C, W>>(a[i * line]);
+      unroll<NV>([&](auto v) SECATEUR_INLINE { tile.acc[i][v] += left * right[v]; });
+    });
+    a += step;
+    b += b_step;
+  }
+}
+
+// The pattern seen from one side: a line is a block row in Forward, a block column in
+// InputGradient. Its blocks are [ptr[line], ptr[line + 1]); `index` is a block's place along the
+// inner dimension and `position` its place in the values (null: in order).
+struct Side {
+  const int32_t *ptr, *index, *position;
+  int64_t lines, line_width, inner_width, out_features, inner_features;
+
+  int64_t block(int64_t p) const { return position ? position[p] : p; }
+  int64_t inner(int64_t p) const {
+    return std::min(inner_width, inner_features - index[p] * inner_width);
+  }
+};
+
+Side side_of(const Args& g) {
+  if (g.product == Product::InputGradient)
+    return {g.col_ptr,     g.row_t,       g.plan.reorder_values ? nullptr : g.position_t,
+            g.block_cols,  g.cols,        g.rows,
+            g.in_features, g.out_features};
+  return {g.row_ptr, g.col, nullptr, g.block_rows, g.rows, g.cols, g.out_features, g.in_features};
+}
+
+// Parallel items are panels x (live blocks + one for each group of lines), so that equal ranges are
+// equal work however the blocks are spread. A group belongs to the range its first item is in.
+template <typename F>
+inline void for_groups(const int32_t* ptr, int64_t lines, int64_t per_group, int64_t begin,
+                       int64_t end, F&& f) {
+  const int64_t groups = ceil_div(lines, per_group);
+  const int64_t total = ptr[lines] + groups;
+  for (int64_t panel = begin / total; panel * total < end; ++panel) {
+    const int64_t low = std::max<int64_t>(begin - panel * total, 0);
+    const int64_t high = std::min(end - panel * total, total);
+    const auto start = [&](int64_t group) { return ptr[group * per_group] + group; };
+    int64_t group = 0;
+    for (int64_t size = groups; size > 0;) {  // first group that starts at `low` or later
+      const int64_t half = size / 2;
+      if (start(group + half) < low) {
+        group += half + 1;
+        size -= half + 1;
+      } else {
+        size = half;
+      }
+    }
+    for (; group < groups && start(group) < high; ++group) f(panel, group);
+  }
+}
+
+Stage group_stage(const int32_t* ptr, int64_t lines, int64_t per_group, int64_t panels,
+                  int64_t multiplies) {
+  const int64_t total = ptr[lines] + ceil_div(lines, per_group);
+  return {panels * total, std::max<int64_t>(1, kTaskMultiplies / std::max<int64_t>(1, multiplies))};
+}
+
+// ---------------------------------------------------------------- packing
+
+template <typename T>
+void widen_range(const T* from, Compute<T>* to, int64_t count) {
+  constexpr int W = kLanes<Compute<T>>;
+  int64_t i = 0;
+  for (; i + W <= count; i += W) store<W>(to + i, load<W>(from + i));
+  for (; i < count; ++i) to[i] = widen(from[i]);
+}
+
+// Rows [begin, end) of the batch to Layout::Panels.
+template <typename T>
+void pack_panels(const T* from, int64_t stride, int64_t batch, int64_t features, int64_t block,
+                 Compute<T>* to, int64_t begin, int64_t end) {
+  for (int64_t f = 0; f < features; f += block) {
+    const int64_t count = std::min(block, features - f);
+    Compute<T>* const panel = to + f * batch;
+    for (int64_t m = begin; m < end; ++m) {
+      widen_range(from + m * stride + f, panel + m * block, count);
+      for (int64_t i = count; i < block; ++i) panel[m * block + i] = 0;
+    }
+  }
+}
+
+// Layout::Transposed; an item is kFeatureChunk features of one panel.
+template <typename T>
+void pack_transposed(const T* from, int64_t stride, int64_t batch, int64_t features, int64_t lanes,
+                     Compute<T>* to, int64_t begin, int64_t end) {
+  using C = Compute<T>;
+  constexpr int W = kLanes<C>;
+  const int64_t chunks = ceil_div(features, kFeatureChunk);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t panel = item / chunks, first = item % chunks * kFeatureChunk;
+    const int64_t last = std::min(first + kFeatureChunk, features);
+    C* const out = to + panel * features * lanes;
+    for (int64_t m0 = 0; m0 < lanes; m0 += W) {
+      const int64_t m = panel * lanes + m0;
+      const int64_t count = std::clamp<int64_t>(batch - m, 0, W);
+      for (int64_t f = first; f < last; f += W) {
+        Vec<C, W> v[W] = {};
+        const int64_t width = std::min<int64_t>(W, last - f);
+        if (count == W && width == W) {
+          unroll<W>([&](auto i) SECATEUR_INLINE { v[i] = load<W>(from + (m + i) * stride + f); });
+        } else {
+          for (int64_t i = 0; i < count; ++i)
+            v[i] = load_first<W>(from + (m + i) * stride + f, width);
+        }
+        transpose<C, W>(v);
+        for (int64_t i = 0; i < width; ++i) store<W>(out + (f + i) * lanes + m0, v[i]);
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------- Features
+
+template <typename T, int R, int NV, typename B, typename Line, typename Step>
+SECATEUR_INLINE inline void feature_tile(const Side& s, int64_t line, const Compute<T>* a,
+                                         Line a_line, Step a_step, const B* blocks, int64_t j,
+                                         const T* bias, T* out) {
+  using C = Compute<T>;
+  constexpr int W = kLanes<C>;
+  Tile<C, R, NV, W> tile = {};
+  for (int64_t p = s.ptr[line]; p < s.ptr[line + 1]; ++p)
+    multiply_add(tile, a + s.index[p] * s.inner_width * a_step, a_line, a_step,
+                 blocks + s.block(p) * s.line_width * s.inner_width + j, s.line_width, s.inner(p));
+  const int64_t f = line * s.line_width + j;
+  if (std::is_same_v<T, C> && f + NV * W <= s.out_features) {
+    unroll<NV>([&](auto v) SECATEUR_INLINE {
+      Vec<C, W> offset = {};
+      if (bias) offset = load<W>(bias + f + v * W);
+      unroll<R>([&](auto i) SECATEUR_INLINE {
+        store<W>(out + i * s.out_features + f + v * W, tile.acc[i][v] + offset);
+      });
+    });
+    return;
+  }
+  // By way of memory: branches on vectors that live in registers cost the loop above its registers.
+  alignas(64) C rows[R][NV * W];
+  unroll<R>([&](auto i) SECATEUR_INLINE {
+    unroll<NV>([&](auto v) SECATEUR_INLINE { store<W>(rows[i] + v * W, tile.acc[i][v]); });
+  });
+  for (int v = 0; v < NV; ++v) {
+    const int64_t count = std::clamp<int64_t>(s.out_features - f - v * W, 0, W);
+    Vec<C, W> offset = {};
+    if (bias) offset = load_first<W>(bias + f + v * W, count);
+    for (int i = 0; i < R; ++i)
+      store_first<W>(out + i * s.out_features + f + v * W, load<W>(rows[i] + v * W) + offset,
+                     count);
+  }
+}
+
+// Rows [m, end) of the batch in tiles of R, then of R / 2, ...
+template <typename T, int R, int NV, bool kTransposed, typename B>
+inline void feature_rows(const Args& g, const Side& s, int64_t line, int64_t j, const B* blocks,
+                         const Compute<T>* a, int64_t stride, int64_t m, int64_t end) {
+  T* const out = static_cast<T*>(g.out);
+  const T* const bias = static_cast<const T*>(g.bias);
+  for (; m + R <= end; m += R) {
+    T* const row = out + m * s.out_features;
+    if constexpr (kTransposed) {
+      const Compute<T>* const left =
+          a + m / kFewLanes * s.inner_features * kFewLanes + m % kFewLanes;
+      feature_tile<T, R, NV>(s, line, left, One{}, FewLanes{}, blocks, j, bias, row);
+    } else {
+      feature_tile<T, R, NV>(s, line, a + m * stride, stride, One{}, blocks, j, bias, row);
+    }
+  }
+  if constexpr (R > 1)
+    if (m < end) feature_rows<T, R / 2, NV, kTransposed>(g, s, line, j, blocks, a, stride, m, end);
+}
+
+template <typename T, bool kTransposed, typename B>
+void run_features(const Args& g, const B* blocks, const Compute<T>* a, int64_t stride,
+                  int64_t begin, int64_t end) {
+  constexpr int W = kLanes<Compute<T>>;
+  const Side s = side_of(g);
+  for_groups(s.ptr, s.lines, 1, begin, end, [&](int64_t panel, int64_t line) {
+    const int64_t m = panel * kFeatureRows, m_end = std::min(m + kFeatureRows, g.batch);
+    const int64_t width = std::min(s.line_width, s.out_features - line * s.line_width);
+    for (int64_t j = 0; j < width;) {
+      const int64_t vectors = (s.line_width - j) / W;
+      const auto run = [&](auto nv) {
+        constexpr int NV = decltype(nv)::value;
+        feature_rows<T, kAccumulators / NV, NV, kTransposed>(g, s, line, j, blocks, a, stride, m,
+                                                             m_end);
+        j += NV * W;
+      };
+      if constexpr (kMaxVectors >= 4) {
+        if (vectors >= 4) {
+          run(std::integral_constant<int, 4>{});
+          continue;
+        }
+      }
+      if (vectors >= 2)
+        run(std::integral_constant<int, 2>{});
+      else
+        run(std::integral_constant<int, 1>{});
+    }
+  });
+}
+
+// ---------------------------------------------------------------- Dots
+
+// I output features x R rows of the batch; `x` is row m, blocks are as stored.
+template <typename T, int I, int R>
+SECATEUR_INLINE inline void dot_tile(const Side& s, int64_t line, int64_t i0, const Compute<T>* x,
+                                     int64_t panel_stride, int64_t row_stride, const T* blocks,
+                                     Compute<T> (&sums)[I][R]) {
+  using C = Compute<T>;
+  constexpr int W = kLanes<C>;
+  Tile<C, I, R, W> tile = {};
+  C rest[I][R] = {};
+  for (int64_t p = s.ptr[line]; p < s.ptr[line + 1]; ++p) {
+    const T* const w = blocks + (p * s.line_width + i0) * s.inner_width;
+    const C* const a = x + s.index[p] * panel_stride;
+    const int64_t inner = s.inner(p);
+    int64_t l = 0;
+    for (; l + W <= inner; l += W) {
+      Vec<C, W> right[R];
+      unroll<R>([&](auto m) SECATEUR_INLINE { right[m] = load<W>(a + m * row_stride + l); });
+      unroll<I>([&](auto i) SECATEUR_INLINE {
+        const Vec<C, W> left = load<W>(w + i * s.inner_width + l);
+        unroll<R>([&](auto m) SECATEUR_INLINE { tile.acc[i][m] += left * right[m]; });
+      });
+    }
+    for (; l < inner; ++l)
+      for (int i = 0; i < I; ++i)
+        for (int m = 0; m < R; ++m)
+          rest[i][m] += widen(w[i * s.inner_width + l]) * a[m * row_stride + l];
+  }
+  unroll<I>([&](auto i) SECATEUR_INLINE {
+    unroll<R>([&](auto m) SECATEUR_INLINE {
+      C sum = rest[i][m];
+      for (int lane = 0; lane < W; ++lane) sum += tile.acc[i][m][lane];
+      sums[i][m] = sum;
+    });
+  });
+}
+
+template <typename T, int R>
+inline void dot_rows(const Args& g, const Side& s, int64_t line, const Compute<T>* x,
+                     int64_t panel_stride, int64_t row_stride, int64_t m) {
+  constexpr int I = 4;  // divides every block that vectors divide
+  const T* const bias = static_cast<const T*>(g.bias);
+  T* const out = static_cast<T*>(g.out);
+  for (; m + R <= g.batch; m += R) {
+    for (int64_t i0 = 0; i0 < s.line_width; i0 += I) {
+      const int64_t f = line * s.line_width + i0;
+      if (f >= s.out_features) break;
+      Compute<T> sums[I][R];
+      dot_tile<T, I, R>(s, line, i0, x + m * row_stride, panel_stride, row_stride,
+                        static_cast<const T*>(g.values), sums);
+      for (int64_t i = 0; i < std::min<int64_t>(I, s.out_features - f); ++i)
+        for (int r = 0; r < R; ++r)
+          out[(m + r) * s.out_features + f + i] =
+              narrow<T>(sums[i][r] + (bias ? widen(bias[f + i]) : Compute<T>{0}));
+    }
+  }
+  if constexpr (R > 1)
+    if (m < g.batch) dot_rows<T, R / 2>(g, s, line, x, panel_stride, row_stride, m);
+}
+
+template <typename T>
+void run_dots(const Args& g, int64_t begin, int64_t end) {
+  const Side s = side_of(g);
+  const bool in_place = g.plan.x == Layout::InPlace;
+  const auto* const x = static_cast<const Compute<T>*>(in_place ? g.x : g.x_space);
+  const int64_t panel_stride = in_place ? g.cols : g.cols * g.batch;
+  const int64_t row_stride = in_place ? g.x_stride : g.cols;
+  for_groups(s.ptr, s.lines, 1, begin, end, [&](int64_t, int64_t line) {
+    dot_rows<T, kAccumulators / 4>(g, s, line, x, panel_stride, row_stride, 0);
+  });
+}
+
+// ---------------------------------------------------------------- Batch
+
+// R neighbouring output features of one line x `lanes` rows of the batch, to out[R][lanes].
+// `a` is the first block's weight of the first feature; inner features are a_step apart.
+template <typename C, int R, int NV>
+SECATEUR_INLINE inline void batch_tile(const Side& s, int64_t line, const C* a, int64_t a_line,
+                                       int64_t a_step, const C* b, int64_t lanes, C* out) {
+  constexpr int W = kLanes<C>;
+  const int64_t block_size = s.line_width * s.inner_width;
+  Tile<C, R, NV, W> tile = {};
+  int64_t p = s.ptr[line];
+  const int64_t end = s.ptr[line + 1];
+  if constexpr (R == 1) {
+    if (s.inner_width == 1) {  // two chains of additions, or their latency would be the bound
+      Tile<C, R, NV, W> other = {};
+      for (; p + 2 <= end; p += 2) {
+        multiply_add(tile, a + s.block(p) * block_size, One{}, One{}, b + s.index[p] * lanes, lanes,
+                     1);
+        multiply_add(other, a + s.block(p + 1) * block_size, One{}, One{},
+                     b + s.index[p + 1] * lanes, lanes, 1);
+      }
+      unroll<NV>([&](auto v) SECATEUR_INLINE { tile.acc[0][v] += other.acc[0][v]; });
+    }
+  }
+  for (; p < end; ++p)
+    multiply_add(tile, a + s.block(p) * block_size, a_line, a_step,
+                 b + s.index[p] * s.inner_width * lanes, lanes, s.inner(p));
+  unroll<R>([&](auto i) SECATEUR_INLINE {
+    unroll<NV>([&](auto v) SECATEUR_INLINE { store<W>(out + i * lanes + v * W, tile.acc[i][v]); });
+  });
+}
+
+template <typename C, int R>
+inline void batch_lines(const Side& s, int64_t line, const C* a, int64_t a_line, int64_t a_step,
+                        const C* b, int64_t lanes, C* out) {
+  constexpr int W = kLanes<C>;
+  constexpr int NV = std::clamp(kAccumulators / R, 1, kMaxVectors);
+  int64_t v = 0;
+  for (; v + NV * W <= lanes; v += NV * W)
+    batch_tile<C, R, NV>(s, line, a, a_line, a_step, b + v, lanes, out + v);
+  for (; v < lanes; v += W) batch_tile<C, R, 1>(s, line, a, a_line, a_step, b + v, lanes, out + v);
+}
+
+// features[count][lanes] (and zeros up to a multiple of the vector) to rows of the batch.
+template <typename T>
+void store_transposed(const Compute<T>* features, int64_t count, int64_t lanes, const T* bias,
+                      int64_t rows, T* out, int64_t stride) {
+  using C = Compute<T>;
+  constexpr int W = kLanes<C>;
+  for (int64_t f = 0; f < count; f += W) {
+    const int64_t width = std::min<int64_t>(W, count - f);
+    Vec<C, W> offset = {};
+    if (bias) offset = load_first<W>(bias + f, width);
+    for (int64_t m = 0; m < rows; m += W) {
+      Vec<C, W> v[W];
+      unroll<W>([&](auto i) SECATEUR_INLINE { v[i] = load<W>(features + (f + i) * lanes + m); });
+      transpose<C, W>(v);
+      for (int64_t i = 0; i < std::min<int64_t>(W, rows - m); ++i)
+        store_first<W>(out + (m + i) * stride + f, v[i] + offset, width);
+    }
+  }
+}
+
+int64_t lines_per_group(int64_t line_width) {
+  return std::max<int64_t>(1, kFeatureChunk / line_width);
+}
+
+template <typename T>
+void run_batch(const Args& g, int64_t begin, int64_t end) {
+  using C = Compute<T>;
+  const Side s = side_of(g);
+  const bool forward = g.product == Product::Forward;
+  const auto* const values = static_cast<const C*>(g.values_space ? g.values_space : g.values);
+  const auto* const b = static_cast<const C*>(forward ? g.x_space : g.dy_space);
+  const int64_t lanes = g.plan.panel;
+  const int64_t a_line = forward ? g.cols : 1, a_step = forward ? 1 : g.cols;
+  const int64_t per_group = lines_per_group(s.line_width);
+  const T* const bias = static_cast<const T*>(g.bias);
+  T* const out = static_cast<T*>(g.out);
+  alignas(64) C features[kFeatureChunk * kBatchLanes] = {};
+  for_groups(s.ptr, s.lines, per_group, begin, end, [&](int64_t panel, int64_t group) {
+    const int64_t first = group * per_group * s.line_width;
+    const int64_t last = std::min(first + per_group * s.line_width, s.out_features);
+    const C* const right = b + panel * s.inner_features * lanes;
+    const int64_t m = panel * lanes;
+    for (int64_t f = first; f < last; f += kFeatureChunk) {
+      const int64_t count = std::min(kFeatureChunk, last - f);
+      for (int64_t i = 0; i < count;) {
+        const int64_t line = (f + i) / s.line_width, inside = (f + i) % s.line_width;
+        const int64_t left = std::min(count - i, s.line_width - inside);
+        const auto run = [&](auto r) {
+          batch_lines<C, decltype(r)::value>(s, line, values + inside * a_line, a_line, a_step,
+                                             right, lanes, features + i * lanes);
+          i += r;
+        };
+        if (left >= 8)
+          run(std::integral_constant<int, 8>{});
+        else if (left >= 4)
+          run(std::integral_constant<int, 4>{});
+        else if (left >= 2)
+          run(std::integral_constant<int, 2>{});
+        else
+          run(std::integral_constant<int, 1>{});
+      }
+      store_transposed<T>(features, count, lanes, bias ? bias + f : nullptr,
+                          std::min(lanes, g.batch - m), out + m * s.out_features + f,
+                          s.out_features);
+    }
+  });
+}
+
+// ---------------------------------------------------------------- dW
+
+// A matrix in Layout::Panels, or in place where its features are whole blocks.
+template <typename C>
+struct Panels {
+  const C* base;
+  int64_t panel_stride, row_stride;
+};
+
+template <typename C>
+Panels<C> panels_of(Layout layout, const void* data, int64_t stride, const void* space,
+                    int64_t block, int64_t batch) {
+  if (layout == Layout::InPlace) return {static_cast<const C*>(data), block, stride};
+  return {static_cast<const C*>(space), block * batch, block};
+}
+
+constexpr int64_t kPart = 64;  // rows and columns of a block that are accumulated at a time
+
+// part[i..][j..] += dy^T x over `depth` rows of the batch, in tiles of R, then R / 2, ... rows.
+template <typename C, int W, int R, int NV>
+inline void outer_rows(const C* dy, int64_t dy_stride, const C* x, int64_t x_stride, int64_t depth,
+                       C* part, int64_t i, int64_t rows) {
+  for (; i + R <= rows; i += R) {
+    Tile<C, R, NV, W> tile;
+    C* const to = part + i * kPart;
+    unroll<R>([&](auto r) SECATEUR_INLINE {
+      unroll<NV>([&](auto v) SECATEUR_INLINE { tile.acc[r][v] = load<W>(to + r * kPart + v * W); });
+    });
+    multiply_add(tile, dy + i, One{}, dy_stride, x, x_stride, depth);
+    unroll<R>([&](auto r) SECATEUR_INLINE {
+      unroll<NV>([&](auto v) SECATEUR_INLINE { store<W>(to + r * kPart + v * W, tile.acc[r][v]); });
+    });
+  }
+  if constexpr (R > 1)
+    if (i < rows) outer_rows<C, W, R / 2, NV>(dy, dy_stride, x, x_stride, depth, part, i, rows);
+}
+
+template <typename C, int W>
+void outer_part(const C* dy, int64_t dy_stride, const C* x, int64_t x_stride, int64_t depth,
+                C* part, int64_t rows, int64_t cols) {
+  for (int64_t j = 0; j < cols;) {
+    const auto run = [&](auto nv) {
+      constexpr int NV = decltype(nv)::value;
+      outer_rows<C, W, kAccumulators / NV, NV>(dy, dy_stride, x + j, x_stride, depth, part + j, 0,
+                                               rows);
+      j += NV * W;
+    };
+    const int64_t vectors = (cols - j) / W;
+    if constexpr (kMaxVectors >= 4) {
+      if (vectors >= 4) {
+        run(std::integral_constant<int, 4>{});
+        continue;
+      }
+    }
+    if (vectors >= 2)
+      run(std::integral_constant<int, 2>{});
+    else
+      run(std::integral_constant<int, 1>{});
+  }
+}
+
+// Blocks [begin, end); W divides cols.
+template <typename T, int W>
+void run_outer(const Args& g, int64_t begin, int64_t end) {
+  using C = Compute<T>;
+  const auto dy = panels_of<C>(g.plan.dy, g.dy, g.dy_stride, g.dy_space, g.rows, g.batch);
+  const auto x = panels_of<C>(g.plan.x, g.x, g.x_stride, g.x_space, g.cols, g.batch);
+  // Rows of the batch whose share of both panels stays in L1 while the tiles of a part pass over
+  // it.
+  const int64_t depth = 8192 / (std::min(g.rows, kPart) + std::min(g.cols, kPart));
+  alignas(64) C part[kPart * kPart];
+  for (int64_t p = begin; p < end; ++p) {
+    const int64_t live_rows = std::min(g.rows, g.out_features - g.row_of[p] * g.rows);
+    const int64_t live_cols = std::min(g.cols, g.in_features - g.col[p] * g.cols);
+    T* const out = static_cast<T*>(g.out) + p * g.rows * g.cols;
+    for (int64_t i0 = 0; i0 < g.rows; i0 += kPart) {
+      for (int64_t j0 = 0; j0 < g.cols; j0 += kPart) {
+        const int64_t rows = std::min(kPart, g.rows - i0), cols = std::min(kPart, g.cols - j0);
+        std::fill_n(part, rows * kPart, C{0});
+        for (int64_t m = 0; m < g.batch; m += depth)
+          outer_part<C, W>(dy.base + g.row_of[p] * dy.panel_stride + m * dy.row_stride + i0,
+                           dy.row_stride,
+                           x.base + g.col[p] * x.panel_stride + m * x.row_stride + j0, x.row_stride,
+                           std::min(depth, g.batch - m), part, rows, cols);
+        for (int64_t i = 0; i < rows; ++i) {
+          for (int64_t j = 0; j < cols; ++j)
+            out[(i0 + i) * g.cols + j0 + j] = i0 + i < live_rows && j0 + j < live_cols
+                                                  ? narrow<T>(part[i * kPart + j])
+                                                  : narrow<T>(C{0});
+        }
+      }
+    }
+  }
+}
+
+// acc[k] += dy * at[k], lane by lane, over one transposed panel.
+template <typename C, int W>
+SECATEUR_INLINE inline void dot_panel(const C* dy, const C* const (&at)[W], int64_t lanes,
+                                      Vec<C, W> (&acc)[W]) {
+  constexpr int NV = 4;  // vectors of dY held in registers
+  int64_t v = 0;
+  for (; v + NV * W <= lanes; v += NV * W) {
+    Vec<C, W> held[NV];
+    unroll<NV>([&](auto n) SECATEUR_INLINE { held[n] = load<W>(dy + v + n * W); });
+    unroll<W>([&](auto k) SECATEUR_INLINE {
+      const C* const x = at[k] + v;
+      unroll<NV>([&](auto n) SECATEUR_INLINE { acc[k] += held[n] * load<W>(x + n * W); });
+    });
+  }
+  for (; v < lanes; v += W) {
+    const Vec<C, W> held = load<W>(dy + v);
+    unroll<W>([&](auto k) SECATEUR_INLINE { acc[k] += held * load<W>(at[k] + v); });
+  }
+}
+
+// The weights in row `i` of block row `line`: dot products of dY's feature and X's features over
+// `panels` transposed panels, W weights at a time.
+template <typename C>
+inline void dot_weights(const Args& g, int64_t line, int64_t i, const C* dy, const C* x,
+                        int64_t panels, bool accumulate, C* out) {
+  constexpr int W = kLanes<C>;
+  const int64_t lanes = g.plan.panel;
+  const int64_t count = (g.row_ptr[line + 1] - g.row_ptr[line]) * g.cols;
+  int64_t p = g.row_ptr[line], j = 0;
+  for (int64_t e = 0; e < count; e += W) {
+    const int64_t width = std::min<int64_t>(W, count - e);
+    const C* at[W];
+    int64_t to[W];
+    uint32_t inside = 0;
+    for (int k = 0; k < W; ++k) {
+      if (k >= width) {  // a short group repeats its last weight
+        at[k] = at[k - 1];
+        continue;
+      }
+      const int64_t feature = g.col[p] * g.cols + j;
+      const bool exists = feature < g.in_features;
+      at[k] = x + (exists ? feature : 0) * lanes;
+      inside |= uint32_t{exists} << k;
+      to[k] = (p * g.rows + i) * g.cols + j;
+      if (++j == g.cols) {
+        j = 0;
+        ++p;
+      }
+    }
+    Vec<C, W> acc[W] = {};
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      dot_panel<C, W>(dy + panel * g.out_features * lanes, at, lanes, acc);
+      for (int k = 0; k < W; ++k) at[k] += g.in_features * lanes;
+    }
+    alignas(64) C sums[W];
+    store<W>(sums, sum_each<C, W>(acc));
+    for (int64_t k = 0; k < width; ++k)
+      out[to[k]] = (accumulate ? out[to[k]] : C{0}) + (inside >> k & 1 ? sums[k] : C{0});
+  }
+}
+
+// The same for blocks of 1 x 1, whose weights of one row are neighbours in memory.
+template <typename C>
+inline void dot_single_weights(const Args& g, int64_t line, const C* dy, const C* x, int64_t panels,
+                               bool accumulate, C* out) {
+  constexpr int W = kLanes<C>;
+  const int64_t lanes = g.plan.panel;
+  for (int64_t p = g.row_ptr[line], end = g.row_ptr[line + 1]; p < end; p += W) {
+    const int64_t width = std::min<int64_t>(W, end - p);
+    const C* at[W];
+    for (int64_t k = 0; k < W; ++k) at[k] = x + g.col[p + std::min(k, width - 1)] * lanes;
+    Vec<C, W> acc[W] = {};
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      dot_panel<C, W>(dy + panel * g.out_features * lanes, at, lanes, acc);
+      for (int k = 0; k < W; ++k) at[k] += g.in_features * lanes;
+    }
+    Vec<C, W> sums = sum_each<C, W>(acc);
+    if (accumulate) sums += load_first<W>(out + p, width);
+    store_first<W>(out + p, sums, width);
+  }
+}
+
+template <typename T>
+void run_dot_weights(const Args& g, int64_t begin, int64_t end) {
+  using C = Compute<T>;
+  constexpr bool kNarrow = !std::is_same_v<T, C>;
+  const int64_t lanes = g.plan.panel, panels = ceil_div(g.batch, lanes);
+  const int64_t block_size = g.rows * g.cols;
+  const auto* const dy = static_cast<const C*>(g.dy_space);
+  const auto* const x = static_cast<const C*>(g.x_space);
+  C* const out = static_cast<C*>(kNarrow ? g.values_space : g.out);
+  // Panels of X that stay in L2 while all weights of a range pass over them.
+  const int64_t step =
+      std::max<int64_t>(1, (1 << 17) / (std::max<int64_t>(1, g.in_features) * lanes));
+  for (int64_t panel = 0; panel < panels || panel == 0; panel += step) {
+    for_groups(g.row_ptr, g.block_rows, 1, begin, end, [&](int64_t, int64_t line) {
+      if (block_size == 1) {
+        dot_single_weights<C>(g, line, dy + (panel * g.out_features + line) * lanes,
+                              x + panel * g.in_features * lanes, std::min(step, panels - panel),
+                              panel > 0, out);
+        return;
+      }
+      for (int64_t i = 0; i < g.rows; ++i) {
+        const int64_t feature = line * g.rows + i;
+        const bool inside = feature < g.out_features;
+        dot_weights<C>(g, line, i, dy + (panel * g.out_features + (inside ? feature : 0)) * lanes,
+                       x + panel * g.in_features * lanes,
+                       inside ? std::min(step, panels - panel) : 0, panel > 0, out);
+      }
+    });
+  }
+  if constexpr (kNarrow) {
+    for_groups(g.row_ptr, g.block_rows, 1, begin, end, [&](int64_t, int64_t line) {
+      const int64_t first = g.row_ptr[line] * block_size, last = g.row_ptr[line + 1] * block_size;
+      T* const to = static_cast<T*>(g.out);
+      for (int64_t i = first; i < last; ++i) to[i] = narrow<T>(out[i]);
+    });
+  }
+}
+
+// ---------------------------------------------------------------- plans
+
+// Lanes of the outer product: half a 512-bit vector still beats dot products.
+template <typename C>
+constexpr int kHalfLanes = kVectorBytes == 64 ? kLanes<C> / 2 : kLanes<C>;
+
+Stage transposed_stage(int64_t batch, int64_t features, int64_t lanes) {
+  return {ceil_div(batch, lanes) * ceil_div(features, kFeatureChunk),
+          std::max<int64_t>(1, kTaskMultiplies / 4 / (kFeatureChunk * lanes))};
+}
+Stage panels_stage(int64_t batch, int64_t features) {
+  return {batch, std::max<int64_t>(1, kTaskMultiplies / 4 / std::max<int64_t>(1, features))};
+}
+
+template <typename T>
+Plan plan_for(const Args& g) {
+  using C = Compute<T>;
+  constexpr int W = kLanes<C>;
+  constexpr bool kNarrow = !std::is_same_v<T, C>;
+  constexpr int64_t kBytes = sizeof(C);
+  const int64_t block_size = g.rows * g.cols;
+  const int64_t values_bytes = g.n_blocks * block_size * kBytes;
+  const bool few = g.batch < kFewRows;
+  Plan plan{};
+
+  // One place for the space and the stage that a layout needs.
+  const auto lay_out = [&](Layout layout, int64_t features, int64_t block, Layout& where,
+                           int64_t& bytes, Stage& stage) {
+    where = layout;
+    if (layout == Layout::Panels) {
+      bytes = ceil_div(features, block) * block * g.batch * kBytes;
+      stage = panels_stage(g.batch, features);
+    } else if (layout == Layout::Transposed) {
+      bytes = ceil_div(g.batch, plan.panel) * plan.panel * features * kBytes;
+      stage = transposed_stage(g.batch, features, plan.panel);
+    }
+  };
+  const auto lay_out_x = [&](Layout layout) {
+    lay_out(layout, g.in_features, g.cols, plan.x, plan.x_bytes, plan.pack_x);
+  };
+  const auto lay_out_dy = [&](Layout layout) {
+    lay_out(layout, g.out_features, g.rows, plan.dy, plan.dy_bytes, plan.pack_dy);
+  };
+  const auto copy_values = [&] {
+    plan.values_bytes = values_bytes;
+    plan.pack_values = {g.n_blocks, std::max<int64_t>(1, kTaskMultiplies / 4 / block_size)};
+  };
+
+  const int64_t batch_lanes = g.batch > 2 * kFewLanes ? kBatchLanes : kFewLanes;
+  if (g.product == Product::WeightGradient) {
+    if (g.rows >= 4 && g.cols % kHalfLanes<C> == 0) {
+      plan.method = Method::Features;
+      lay_out_x(!kNarrow && few && g.in_features % g.cols == 0 ? Layout::InPlace : Layout::Panels);
+      lay_out_dy(!kNarrow && few && g.out_features % g.rows == 0 ? Layout::InPlace
+                                                                 : Layout::Panels);
+      plan.run = {g.n_blocks, std::max<int64_t>(
+                                  1, kTaskMultiplies / std::max<int64_t>(1, block_size * g.batch))};
+    } else {
+      plan.method = Method::Batch;
+      plan.panel = batch_lanes;
+      lay_out_x(Layout::Transposed);
+      lay_out_dy(Layout::Transposed);
+      if (kNarrow) plan.values_bytes = values_bytes;
+      plan.run = group_stage(g.row_ptr, g.block_rows, 1, 1, block_size * g.batch);
+    }
+    return plan;
+  }
+
+  const bool forward = g.product == Product::Forward;
+  const Side s = side_of(g);
+  const auto lay_out_left = [&](Layout layout) {
+    forward ? lay_out_x(layout) : lay_out_dy(layout);
+  };
+  if (g.rows % W != 0 || g.cols % W != 0) {
+    plan.method = Method::Batch;
+    plan.panel = batch_lanes;
+    lay_out_left(Layout::Transposed);
+    // Single weights in the other order would cost a cache line each.
+    plan.reorder_values = !forward && block_size <= kSmallBlock && g.batch > kFewLanes;
+    if (kNarrow || plan.reorder_values) copy_values();
+    plan.run = group_stage(s.ptr, s.lines, lines_per_group(s.line_width),
+                           ceil_div(g.batch, plan.panel), block_size * plan.panel);
+  } else if (forward && few) {
+    plan.method = Method::Dots;
+    plan.panel = g.batch;
+    lay_out_x(kNarrow ? Layout::Panels : Layout::InPlace);
+    plan.run = group_stage(s.ptr, s.lines, 1, 1, block_size * g.batch);
+  } else {
+    plan.method = Method::Features;
+    plan.panel = kFewLanes;
+    lay_out_left(kNarrow || !few ? Layout::Transposed : Layout::InPlace);
+    plan.transpose_values = forward;
+    if (forward || (kNarrow && !few)) copy_values();
+    plan.run = group_stage(s.ptr, s.lines, 1, ceil_div(g.batch, kFeatureRows),
+                           block_size * std::min(g.batch, kFeatureRows));
+  }
+  return plan;
+}
+
+template <typename T>
+void pack_matrix(const Args& g, Layout layout, const void* data, int64_t stride, int64_t features,
+                 int64_t block, void* space, int64_t begin, int64_t end) {
+  const auto* const from = static_cast<const T*>(data);
+  auto* const to = static_cast<Compute<T>*>(space);
+  if (layout == Layout::Panels)
+    pack_panels<T>(from, stride, g.batch, features, block, to, begin, end);
+  else
+    pack_transposed<T>(from, stride, g.batch, features, g.plan.panel, to, begin, end);
+}
+
+template <typename T>
+void pack_blocks(const Args& g, int64_t begin, int64_t end) {
+  using C = Compute<T>;
+  constexpr int W = kLanes<C>;
+  const auto* const from = static_cast<const T*>(g.values);
+  auto* const to = static_cast<C*>(g.values_space);
+  const int64_t size = g.rows * g.cols;
+  if (g.plan.reorder_values) {
+    for (int64_t q = begin; q < end; ++q)
+      for (int64_t e = 0; e < size; ++e) to[q * size + e] = widen(from[g.position_t[q] * size + e]);
+    return;
+  }
+  if (!g.plan.transpose_values)
+    return widen_range(from + begin * size, to + begin * size, (end - begin) * size);
+  for (int64_t p = begin; p < end; ++p) {
+    for (int64_t i = 0; i < g.rows; i += W) {
+      for (int64_t j = 0; j < g.cols; j += W) {
+        Vec<C, W> v[W];
+        unroll<W>([&](auto k)
+                      SECATEUR_INLINE { v[k] = load<W>(from + p * size + (i + k) * g.cols + j); });
+        transpose<C, W>(v);
+        unroll<W>([&](auto k)
+                      SECATEUR_INLINE { store<W>(to + p * size + (j + k) * g.rows + i, v[k]); });
+      }
+    }
+  }
+}
+
+template <typename T>
+void run_for(const Args& g, int64_t begin, int64_t end) {
+  using C = Compute<T>;
+  if (g.plan.method == Method::Batch) {
+    if (g.product == Product::WeightGradient) return run_dot_weights<T>(g, begin, end);
+    return run_batch<T>(g, begin, end);
+  }
+  if (g.plan.method == Method::Dots) return run_dots<T>(g, begin, end);
+  if (g.product == Product::WeightGradient) {
+    if (g.cols % kLanes<C> == 0) return run_outer<T, kLanes<C>>(g, begin, end);
+    return run_outer<T, kHalfLanes<C>>(g, begin, end);
+  }
+  const bool forward = g.product == Product::Forward;
+  const bool in_place = (forward ? g.plan.x : g.plan.dy) == Layout::InPlace;
+  const auto* const a = static_cast<const C*>(forward ? (in_place ? g.x : g.x_space)
+                                                      : (in_place ? g.dy : g.dy_space));
+  const int64_t stride = forward ? g.x_stride : g.dy_stride;
+  if (!in_place && g.values_space)
+    return run_features<T, true>(g, static_cast<const C*>(g.values_space), a, 0, begin, end);
+  if (in_place)
+    return run_features<T, false>(g, static_cast<const T*>(g.values), a, stride, begin, end);
+  run_features<T, true>(g, static_cast<const T*>(g.values), a, 0, begin, end);
+}
+
+}  // namespace
+
+Plan make_plan(const Args& args) {
+  return for_dtype(args.dtype, [&]<typename T>() { return plan_for<T>(args); });
+}
+
+void pack_x(const Args& args, int64_t begin, int64_t end) {
+  for_dtype(args.dtype, [&]<typename T>() {
+    pack_matrix<T>(args, args.plan.x, args.x, args.x_stride, args.in_features, args.cols,
+                   args.x_space, begin, end);
+  });
+}
+
+void pack_dy(const Args& args, int64_t begin, int64_t end) {
+  for_dtype(args.dtype, [&]<typename T>() {
+    pack_matrix<T>(args, args.plan.dy, args.dy, args.dy_stride, args.out_features, args.rows,
+                   args.dy_space, begin, end);
+  });
+}
+
+void pack_values(const Args& args, int64_t begin, int64_t end) {
+  for_dtype(args.dtype, [&]<typename T>() { pack_blocks<T>(args, begin, end); });
+}
+
+void run(const Args& args, int64_t begin, int64_t end) {
+  for_dtype(args.dtype, [&]<typename T>() { run_for<T>(args, begin, end); });
+}
+
+}  // namespace secateur::block_sparse::SECATEUR_ISA

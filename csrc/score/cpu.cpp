@@ -1,0 +1,186 @@
+// Fused scores: one pass over weight, gradient and state; bound by reading them. Blocks are reduced
+// while a run of columns is in L1, so only the block scores are written.
+// Compiled once per instruction set; no torch header, no static data (see cmake/op.cmake).
+#include <algorithm>
+
+#include "common/evaluate.h"
+#include "score/score.h"
+
+namespace secateur::score::SECATEUR_ISA {
+namespace {
+
+// A task of blocks(): `per_task` neighbouring blocks of one strip of rows, at most kRun columns
+// unless one block is wider than that.
+struct Grid {
+  int64_t block_cols, per_task, tasks_per_strip, strips;
+
+  explicit Grid(const Args& a)
+      : block_cols((a.n_cols + a.cols - 1) / a.cols),
+        per_task(std::max<int64_t>(1, kRun / a.cols)),
+        tasks_per_strip((block_cols + per_task - 1) / per_task),
+        strips((a.n_rows + a.rows - 1) / a.rows) {}
+};
+
+template <typename F>
+void for_mode(Mode mode, F&& f) {
+  switch (mode) {
+    case Mode::Observe:
+      return f.template operator()<Mode::Observe>();
+    case Mode::State:
+      return f.template operator()<Mode::State>();
+    case Mode::Update:
+      return f.template operator()<Mode::Update>();
+  }
+}
+
+template <typename F>
+void for_reduce(Reduce reduce, F&& f) {
+  switch (reduce) {
+    case Reduce::Sum:
+      return f.template operator()<Reduce::Sum>();
+    case Reduce::Mean:
+      return f.template operator()<Reduce::Mean>();
+    case Reduce::Max:
+      return f.template operator()<Reduce::Max>();
+    case Reduce::L2:
+      return f.template operator()<Reduce::L2>();
+  }
+}
+
+template <typename V, typename T>
+inline V load_as(const T* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+// into[i] = combine(into[i], enter(from[i]))
+template <Reduce R, bool kEnter, typename T>
+inline void combine_run(T* into, const T* from, int64_t n) {
+  constexpr int lanes = kLanes<T>;
+  using V = Vec<T, lanes>;
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    V x = load_as<V>(from + i);
+    if constexpr (kEnter) x = enter<R>(x);
+    x = combine<R>(load_as<V>(into + i), x);
+    __builtin_memcpy(into + i, &x, sizeof(x));
+  }
+  for (; i < n; ++i) into[i] = combine<R>(into[i], kEnter ? enter<R>(from[i]) : from[i]);
+}
+
+// column[c] = rows row..row_end of column col + c, reduced in row order.
+template <Mode M, Reduce R, typename T>
+void reduce_columns(const Args& a, int64_t row, int64_t row_end, int64_t col, int64_t n,
+                    RunBuffers<T>& buffers, T* run, T* column) {
+  std::fill_n(column, n, identity<T>(R));
+  // Rows that lie whole in this range are one stretch of elements: short ones go several at a time.
+  const int64_t step = n == a.n_cols ? kRun / n : 1;
+  for (; row < row_end; row += step) {
+    const int64_t count = std::min(step, row_end - row);
+    evaluate<M>(a.inputs, row * a.n_cols + col, count * n, buffers, run);
+    for (int64_t r = 0; r < count; ++r) combine_run<R, true>(column, run + r * n, n);
+  }
+}
+
+// Lane j takes columns j, j + kReduceLanes, ... in order.
+template <Reduce R, typename T>
+inline void fold(T* lanes, const T* column, int64_t n) {
+  int64_t i = 0;
+  for (; i + kReduceLanes <= n; i += kReduceLanes)
+    combine_run<R, false>(lanes, column + i, kReduceLanes);
+  for (int64_t j = 0; i + j < n; ++j) lanes[j] = combine<R>(lanes[j], column[i + j]);
+}
+
+template <Reduce R, typename T>
+inline T halve(T* lanes) {
+  for (int half = kReduceLanes / 2; half > 0; half /= 2)
+    for (int j = 0; j < half; ++j) lanes[j] = combine<R>(lanes[j], lanes[j + half]);
+  return lanes[0];
+}
+
+template <Mode M, Reduce R, typename T>
+void run_blocks(const Args& a, int64_t begin, int64_t end) {
+  const Grid grid(a);
+  RunBuffers<T> buffers;
+  alignas(64) T run[kRun];
+  alignas(64) T column[kRun];
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t strip = task / grid.tasks_per_strip;
+    const int64_t row = strip * a.rows;
+    const int64_t row_end = std::min(row + a.rows, a.n_rows);
+    const int64_t block = task % grid.tasks_per_strip * grid.per_task;
+    const int64_t block_end = std::min(block + grid.per_task, grid.block_cols);
+    const int64_t col = block * a.cols;
+    const int64_t col_end = std::min(block_end * a.cols, a.n_cols);
+    T* const out = static_cast<T*>(a.out) + strip * grid.block_cols + block;
+    if (a.cols > kRun) {  // one wide block, run by run
+      alignas(64) T lanes[kReduceLanes];
+      std::fill_n(lanes, kReduceLanes, identity<T>(R));
+      for (int64_t c = col; c < col_end; c += kRun) {
+        const int64_t n = std::min<int64_t>(kRun, col_end - c);
+        reduce_columns<M, R>(a, row, row_end, c, n, buffers, run, column);
+        fold<R>(lanes, column, n);
+      }
+      *out = leave<R>(halve<R>(lanes), (row_end - row) * (col_end - col));
+      continue;
+    }
+    reduce_columns<M, R>(a, row, row_end, col, col_end - col, buffers, run, column);
+    for (int64_t b = 0; b < block_end - block; ++b) {
+      const int64_t first = b * a.cols;
+      const int64_t n = std::min(a.cols, col_end - col - first);
+      T sum = column[first];
+      if (a.cols > 1) {
+        alignas(64) T lanes[kReduceLanes];
+        std::fill_n(lanes, kReduceLanes, identity<T>(R));
+        fold<R>(lanes, column + first, n);
+        sum = halve<R>(lanes);
+      }
+      out[b] = leave<R>(sum, (row_end - row) * n);
+    }
+  }
+}
+
+template <typename T>
+void run_elements(const Args& a, int64_t begin, int64_t end) {
+  RunBuffers<T> buffers;
+  for_mode(a.mode, [&]<Mode M>() {
+    for (int64_t i = begin; i < end; i += kRun)
+      evaluate<M>(a.inputs, i, std::min<int64_t>(kRun, end - i), buffers,
+                  static_cast<T*>(a.out) + i);
+  });
+}
+
+template <typename T>
+void run_observe(const Args& a, int64_t begin, int64_t end) {
+  RunBuffers<T> buffers;
+  for (int64_t i = begin; i < end; i += kRun)
+    evaluate<Mode::Update, false>(a.inputs, i, std::min<int64_t>(kRun, end - i), buffers,
+                                  static_cast<T*>(nullptr));
+}
+
+}  // namespace
+
+int64_t n_tasks(const Args& args) {
+  const Grid grid(args);
+  return grid.strips * grid.tasks_per_strip;
+}
+
+void elements(const Args& args, int64_t begin, int64_t end) {
+  args.wide ? run_elements<double>(args, begin, end) : run_elements<float>(args, begin, end);
+}
+
+void blocks(const Args& args, int64_t begin, int64_t end) {
+  for_mode(args.mode, [&]<Mode M>() {
+    for_reduce(args.reduce, [&]<Reduce R>() {
+      args.wide ? run_blocks<M, R, double>(args, begin, end)
+                : run_blocks<M, R, float>(args, begin, end);
+    });
+  });
+}
+
+void observe(const Args& args, int64_t begin, int64_t end) {
+  args.wide ? run_observe<double>(args, begin, end) : run_observe<float>(args, begin, end);
+}
+
+}  // namespace secateur::score::SECATEUR_ISA

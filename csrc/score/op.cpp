@@ -1,0 +1,111 @@
+#include <iterator>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "common/score_inputs.h"
+#include "common/torch.h"
+#include "score/score.h"
+
+namespace secateur::score {
+namespace {
+
+constexpr int64_t kGrainElements = 16384;
+
+// Blocks of one task hold about rows x 1024 elements; a thread takes at least a grain of elements.
+int64_t grain_tasks(const Args& args, int64_t tasks) {
+  return 1 + tasks * kGrainElements / (args.n_rows * args.n_cols);
+}
+
+Args make_args(const char* op, const Tensor& weight, const std::optional<Tensor>& grad,
+               const std::optional<Tensor>& state, Mode mode, const std::string& formula,
+               const ScoreParams& params) {
+  Args args{};
+  args.mode = mode;
+  args.inputs = score_inputs(op, weight, grad, state, mode, formula, params);
+  args.wide = weight.scalar_type() == ScalarType::Double;
+  args.n_rows = weight.dim() == 0 ? 1 : weight.size(0);
+  args.n_cols = args.n_rows == 0 ? 0 : weight.numel() / args.n_rows;
+  return args;
+}
+
+Tensor run(const char* op, Args args, const Tensor& weight, int64_t rows, int64_t cols,
+           const std::string& reduce) {
+  // Shapes
+  STD_TORCH_CHECK(rows >= 1 && cols >= 1, op, ": expected a block of at least 1 x 1, got ", rows,
+                  " x ", cols);
+  args.rows = rows;
+  args.cols = cols;
+  args.reduce = parse_name<Reduce>(op, "reduce", kReduceNames, reduce);
+  if (args.n_rows == 0)
+    for (int64_t d = args.n_cols = 1; d < weight.dim(); ++d) args.n_cols *= weight.size(d);
+  const int64_t out_rows = (args.n_rows + rows - 1) / rows;
+  const int64_t out_cols = (args.n_cols + cols - 1) / cols;
+
+  // Outputs
+  Tensor out = torch::stable::new_empty(weight, {out_rows, out_cols},
+                                        args.wide ? ScalarType::Double : ScalarType::Float);
+  if (weight.numel() == 0) return out;
+  args.out = out.mutable_data_ptr();
+
+  // Dispatch
+  if (rows == 1 && cols == 1 && args.reduce != Reduce::L2) {
+    Run* kernel = SECATEUR_FOR_ISA(elements);
+    torch::stable::parallel_for(0, weight.numel(), kGrainElements,
+                                [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+    return out;
+  }
+  const int64_t tasks = SECATEUR_FOR_ISA(n_tasks)(args);
+  Run* kernel = SECATEUR_FOR_ISA(blocks);
+  torch::stable::parallel_for(0, tasks, grain_tasks(args, tasks),
+                              [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  return out;
+}
+
+Tensor score_cpu(const Tensor& weight, std::optional<Tensor> grad, std::optional<Tensor> state,
+                 std::string formula, int64_t rows, int64_t cols, std::string reduce,
+                 double normalizer, int64_t seed) {
+  const Mode mode = state ? Mode::State : Mode::Observe;
+  const ScoreParams params{normalizer, 0, 0, static_cast<uint64_t>(seed)};
+  const Args args = make_args("score", weight, grad, state, mode, formula, params);
+  return run("score", args, weight, rows, cols, reduce);
+}
+
+Tensor score_update_cpu(Tensor state, const Tensor& weight, std::optional<Tensor> grad,
+                        std::string formula, double decay, double gain, int64_t rows, int64_t cols,
+                        std::string reduce, double normalizer) {
+  const ScoreParams params{normalizer, decay, gain, 0};
+  const Args args = make_args("score_update_", weight, grad, state, Mode::Update, formula, params);
+  return run("score_update_", args, weight, rows, cols, reduce);
+}
+
+void observe_cpu(Tensor state, const Tensor& weight, std::optional<Tensor> grad,
+                 std::string formula, double decay, double gain, double normalizer) {
+  const ScoreParams params{normalizer, decay, gain, 0};
+  const Args args = make_args("observe_", weight, grad, state, Mode::Update, formula, params);
+  if (weight.numel() == 0) return;
+  Run* kernel = SECATEUR_FOR_ISA(observe);
+  torch::stable::parallel_for(0, weight.numel(), kGrainElements,
+                              [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(secateur, m) {
+  m.def(
+      "score(Tensor weight, Tensor? grad, Tensor? state, str formula, int rows, int cols, "
+      "str reduce, float normalizer, int seed) -> Tensor");
+  m.def(
+      "score_update_(Tensor(a!) state, Tensor weight, Tensor? grad, str formula, float decay, "
+      "float gain, int rows, int cols, str reduce, float normalizer) -> Tensor");
+  m.def(
+      "observe_(Tensor(a!) state, Tensor weight, Tensor? grad, str formula, float decay, "
+      "float gain, float normalizer) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(secateur, CPU, m) {
+  m.impl("score", TORCH_BOX(&score_cpu));
+  m.impl("score_update_", TORCH_BOX(&score_update_cpu));
+  m.impl("observe_", TORCH_BOX(&observe_cpu));
+}
+
+}  // namespace secateur::score

@@ -1,0 +1,28 @@
+#pragma once
+#include <cstdint>
+
+#include "common/formula.h"
+#include "common/isa.h"
+
+namespace secateur::score {
+
+// Scores of a weight seen as an n_rows x n_cols matrix, reduced to blocks of rows x cols elements;
+// blocks at the edges hold what is there.
+struct Args {
+  ScoreInputs inputs;
+  Mode mode;
+  Reduce reduce;
+  bool wide;  // computed in double, else in float
+  int64_t n_rows, n_cols;
+  int64_t rows, cols;
+  void* out;  // (ceil(n_rows / rows), ceil(n_cols / cols)), contiguous; not used by observe()
+};
+
+// How the work divides: elements() takes ranges of elements (blocks of one element); blocks()
+// takes ranges of task numbers, 0 to n_tasks(args).
+using Tasks = int64_t(const Args& args);
+using Run = void(const Args& args, int64_t begin, int64_t end);
+
+SECATEUR_PER_ISA(Tasks n_tasks; Run elements; Run blocks; Run observe)
+
+}  // namespace secateur::score

@@ -1,0 +1,484 @@
+// Exact selection in about one pass. A sample gives an interval of keys that should hold the k-th;
+// one sweep over the inputs computes every score in L1, writes the mask of what lies above the
+// interval and collects the few keys inside it; the counts prove that the k-th is among them, and
+// the winners among the collected are set in the mask. Bound by reading the inputs once.
+// If the interval missed, or holds more than there is room for, histograms narrow it and the sweep
+// is made again; one key that too many elements share is cut in index order by a partial sweep.
+// Compiled once per instruction set; no torch header, no static data (see cmake/op.cmake).
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+#include "common/evaluate.h"
+#include "topk/topk.h"
+
+namespace secateur::topk::SECATEUR_ISA {
+namespace {
+
+constexpr int kSampleRun = 16;  // neighbours sampled together: one cache line of float
+constexpr int64_t kMaxSample = int64_t{1} << 18;
+constexpr int64_t kMinCapacity = 16384;
+constexpr int64_t kElementsPerCapacity = 128;  // 6 bytes for 128 scores: about 1 % of their size
+
+template <typename K>
+constexpr K kLowest = std::numeric_limits<K>::min();
+template <typename K>
+constexpr K kHighest = std::numeric_limits<K>::max();
+
+// What makes keys of scores of type T.
+template <typename T>
+struct KeyRule {
+  using K = Int<T>;
+  K flip;   // all ones where smaller scores are better
+  K limit;  // |score| above this, as bits, is an error
+
+  explicit KeyRule(const Search& s)
+      : flip(s.largest ? 0 : -1),
+        limit(bits_as<K>(std::numeric_limits<T>::infinity()) - (s.finite ? 1 : 0)) {}
+
+  // Larger is better; -0.0 and 0.0 have the same key.
+  template <typename V>
+  Int<V> key(V score) const {
+    const Int<V> bits = bits_as<Int<V>>(score + V{});
+    return bits ^ (bits >> (sizeof(K) * 8 - 1) & kHighest<K>)^flip;
+  }
+
+  template <typename V>
+  auto bad(V score) const {
+    return bits_as<Int<V>>(absolute(score)) > Int<V>{} + limit;
+  }
+};
+
+// What of 64 neighbouring elements lies where, one bit each.
+struct Classes {
+  uint64_t above, inside, bad;
+};
+
+template <typename T>
+inline Classes classify(const T* scores, const KeyRule<T>& rule, Int<T> low, Int<T> high) {
+  constexpr int lanes = kLanes<T>;
+  using V = Vec<T, lanes>;
+  Classes c{0, 0, 0};
+  for (int i = 0; i < 64; i += lanes) {
+    V x;
+    std::memcpy(&x, scores + i, sizeof(x));
+    const Int<V> key = rule.key(x);
+    const auto above = key > Int<V>{} + high;
+    const auto inside = (key >= Int<V>{} + low) & ~above;
+    c.above |= uint64_t{bits_of<lanes, Int<T>>(above)} << i;
+    c.inside |= uint64_t{bits_of<lanes, Int<T>>(inside)} << i;
+    c.bad |= uint64_t{bits_of<lanes, Int<T>>(rule.bad(x))} << i;
+  }
+  return c;
+}
+
+// Bits of elements index..index + n, n <= 64, of a bit-packed mask; index is a multiple of 8.
+inline uint64_t mask_word(const uint8_t* mask, int64_t index, int64_t n) {
+  const uint64_t exist = n < 64 ? (uint64_t{1} << n) - 1 : ~uint64_t{0};
+  if (!mask) return exist;
+  uint64_t bits = 0;
+  std::memcpy(&bits, mask + index / 8, static_cast<size_t>((std::min<int64_t>(n, 64) + 7) / 8));
+  return bits & exist;
+}
+
+template <typename F>
+inline void for_bits(uint64_t bits, F&& f) {
+  for (; bits; bits &= bits - 1) f(__builtin_ctzll(bits));
+}
+
+template <typename T>
+inline const T* scores_of(const Search& s, const Item& item, int64_t index, int64_t n,
+                          RunBuffers<T>& buffers, T* out) {
+  if (s.mode == Mode::State) {
+    evaluate<Mode::State>(item.inputs, index, n, buffers, out);
+    return out;
+  }
+  if (item.inputs.formula == Formula::Given) return fetch(item.inputs.weight, index, n, out);
+  evaluate<Mode::Observe>(item.inputs, index, n, buffers, out);
+  return out;
+}
+
+// Calls f(item, item's number, chunk, first element in the item, number of elements).
+template <typename F>
+inline void for_chunks(const Search& s, int64_t begin, int64_t end, F&& f) {
+  int64_t i =
+      std::upper_bound(s.items, s.items + s.n_items, begin,
+                       [](int64_t chunk, const Item& item) { return chunk < item.first_chunk; }) -
+      s.items - 1;
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    while (i + 1 < s.n_items && chunk >= s.items[i + 1].first_chunk) ++i;
+    const int64_t first = (chunk - s.items[i].first_chunk) * kChunk;
+    f(s.items[i], i, chunk, first, std::min(kChunk, s.items[i].numel - first));
+  }
+}
+
+// Calls f(scores, classes of the living, element) for every 64 elements of a chunk; 64 scores can
+// be read.
+template <typename T, typename F>
+inline void for_words(const Search& s, const Item& item, const KeyRule<T>& rule, int64_t first,
+                      int64_t n, RunBuffers<T>& buffers, F&& f) {
+  const Int<T> low = static_cast<Int<T>>(s.low), high = static_cast<Int<T>>(s.high);
+  alignas(64) T run[kRun];
+  for (int64_t begin = 0; begin < n; begin += kRun) {
+    const int64_t count = std::min<int64_t>(kRun, n - begin);
+    const T* scores = scores_of(s, item, first + begin, count, buffers, run);
+    for (int64_t i = 0; i < count; i += 64) {
+      const int64_t left = count - i;
+      alignas(64) T padded[64];
+      const T* x = scores + i;
+      if (left < 64) {
+        std::fill_n(std::copy_n(x, left, padded), 64 - left, T(0));
+        x = padded;
+      }
+      const uint64_t alive = mask_word(item.alive, first + begin + i, left);
+      Classes c = classify(x, rule, low, high);
+      c.above &= alive;
+      c.inside &= alive;
+      c.bad &= alive;
+      f(x, c, begin + i, left);
+    }
+  }
+}
+
+inline void store_mask(const Item& item, int64_t index, int64_t left, uint64_t bits) {
+  std::memcpy(item.mask + index / 8, &bits,
+              static_cast<size_t>((std::min<int64_t>(left, 64) + 7) / 8));
+}
+
+inline void add_atomically(int64_t& counter, int64_t n) {
+  if (n) __atomic_fetch_add(&counter, n, __ATOMIC_RELAXED);
+}
+
+inline void lower_atomically(int64_t& value, int64_t x) {
+  int64_t old = __atomic_load_n(&value, __ATOMIC_RELAXED);
+  while (x < old &&
+         !__atomic_compare_exchange_n(&value, &old, x, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+}
+
+// Which of kBins equal parts of low..high a key falls into.
+inline int shift_for(int64_t low, int64_t high) {
+  const uint64_t range = static_cast<uint64_t>(high) - static_cast<uint64_t>(low);
+  const int bits = range ? 64 - __builtin_clzll(range) : 0;
+  return std::max(0, bits - 11);
+}
+static_assert(kBins == 1 << 11);
+
+inline int64_t bin_of(int64_t key, int64_t low, int shift) {
+  return static_cast<int64_t>((static_cast<uint64_t>(key) - static_cast<uint64_t>(low)) >> shift);
+}
+
+// The bin with the `rank`-th best key, counted from 1; narrows low..high to it, and leaves in
+// `rank` the rank inside it. Returns how many keys it holds.
+inline int64_t narrow(const int64_t* histogram, int shift, int64_t& low, int64_t& high,
+                      int64_t& rank) {
+  int64_t bin = kBins - 1;
+  for (; rank > histogram[bin]; --bin) rank -= histogram[bin];
+  const uint64_t first = static_cast<uint64_t>(low) + (static_cast<uint64_t>(bin) << shift);
+  const uint64_t width = std::min((uint64_t{1} << shift) - 1, static_cast<uint64_t>(high) - first);
+  low = static_cast<int64_t>(first);
+  high = static_cast<int64_t>(first + width);
+  return histogram[bin];
+}
+
+// How many of the keys are at least `bound`.
+template <typename K>
+int64_t count_from(const K* keys, int64_t n, K bound) {
+  constexpr int lanes = kLanes<K>;
+  using V = Vec<K, lanes>;
+  V counts{};  // minus the count: true is -1; n is far below the range of K
+  int64_t i = 0, count = 0;
+  for (; i + lanes <= n; i += lanes) {
+    V x;
+    std::memcpy(&x, keys + i, sizeof(x));
+    counts += x >= V{} + bound;
+  }
+  for (int j = 0; j < lanes; ++j) count -= counts[j];
+  for (; i < n; ++i) count += keys[i] >= bound;
+  return count;
+}
+
+// The `rank`-th best of the keys, counted from 1; it is known to lie in low..high. By bisection:
+// counting is a few vector instructions over a buffer that is in cache.
+template <typename K>
+K kth(const K* keys, int64_t n, int64_t low, int64_t high, int64_t rank) {
+  while (low < high) {
+    const int64_t middle = high - static_cast<int64_t>(
+        (static_cast<uint64_t>(high) - static_cast<uint64_t>(low)) / 2);
+    if (count_from(keys, n, static_cast<K>(middle)) >= rank)
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  return static_cast<K>(low);
+}
+
+template <typename T>
+void run_sample(Search& s, int64_t begin, int64_t end) {
+  const KeyRule<T> rule(s);
+  Int<T>* const keys = static_cast<Int<T>*>(s.keys);
+  RunBuffers<T> buffers;
+  for (int64_t task = begin; task < end; ++task) {
+    // A random element of each of n_tasks equal parts: a fixed stride could follow a row's length.
+    const int64_t part = s.numel / s.n_tasks;
+    const int64_t element = task * part + mix(static_cast<uint32_t>(task)) % part;
+    const Item& item =
+        std::upper_bound(s.items, s.items + s.n_items, element,
+                         [](int64_t e, const Item& x) { return e < x.first_element; })[-1];
+    const int64_t first = (element - item.first_element) / kSampleRun * kSampleRun;
+    const int64_t n = std::min<int64_t>(kSampleRun, item.numel - first);
+    T run[kSampleRun];
+    const T* const scores = scores_of(s, item, first, n, buffers, run);
+    const uint64_t alive = mask_word(item.alive, first, n);
+    int64_t at = __atomic_fetch_add(&s.pooled, __builtin_popcountll(alive), __ATOMIC_RELAXED);
+    for_bits(alive, [&](int i) { keys[at++] = rule.key(scores[i]); });
+  }
+}
+
+template <typename T>
+void run_sweep(Search& s, int64_t begin, int64_t end) {
+  using K = Int<T>;
+  const KeyRule<T> rule(s);
+  RunBuffers<T> buffers;
+  alignas(64) K keys[kChunk];
+  uint16_t offsets[kChunk];
+  const bool collect = s.low < s.high;
+  int64_t total_above = 0, total_inside = 0, bad_item = s.n_items;
+  for_chunks(s, begin, end,
+             [&](const Item& item, int64_t i, int64_t chunk, int64_t first, int64_t n) {
+               int64_t inside = 0, collected = 0;
+               uint64_t bad = 0;
+               for_words<T>(s, item, rule, first, n, buffers,
+                            [&](const T* scores, const Classes& c, int64_t at, int64_t left) {
+                              store_mask(item, first + at, left, c.above);
+                              bad |= c.bad;
+                              total_above += __builtin_popcountll(c.above);
+                              inside += __builtin_popcountll(c.inside);
+                              if (!collect) return;
+                              for_bits(c.inside, [&](int j) {
+                                keys[collected] = rule.key(scores[j]);
+                                offsets[collected++] = static_cast<uint16_t>(at + j);
+                              });
+                            });
+               if (bad) bad_item = std::min(bad_item, i);
+               total_inside += inside;
+               s.candidates[chunk] = {0, inside};
+               if (collected == 0) return;
+               const int64_t at = __atomic_fetch_add(&s.pooled, collected, __ATOMIC_RELAXED);
+               s.candidates[chunk].begin = at;
+               if (at + collected > s.capacity) return;
+               std::copy_n(keys, collected, static_cast<K*>(s.keys) + at);
+               std::copy_n(offsets, collected, s.offsets + at);
+             });
+  add_atomically(s.above, total_above);
+  add_atomically(s.inside, total_inside);
+  lower_atomically(s.bad_item, bad_item);
+}
+
+template <typename T>
+void run_histogram(Search& s, int64_t begin, int64_t end) {
+  const KeyRule<T> rule(s);
+  RunBuffers<T> buffers;
+  int64_t histogram[kBins] = {};
+  for_chunks(s, begin, end, [&](const Item& item, int64_t, int64_t, int64_t first, int64_t n) {
+    for_words<T>(
+        s, item, rule, first, n, buffers, [&](const T* scores, const Classes& c, int64_t, int64_t) {
+          for_bits(c.inside,
+                   [&](int j) { ++histogram[bin_of(rule.key(scores[j]), s.low, s.shift)]; });
+        });
+  });
+  for (int bin = 0; bin < kBins; ++bin) add_atomically(s.histogram[bin], histogram[bin]);
+}
+
+// Keeps the ties, elements of key low = high, in all the chunks but the last, and there the first
+// s.ties of them.
+template <typename T>
+void run_fill(Search& s, int64_t begin, int64_t end) {
+  const KeyRule<T> rule(s);
+  RunBuffers<T> buffers;
+  for_chunks(s, begin, end,
+             [&](const Item& item, int64_t, int64_t chunk, int64_t first, int64_t n) {
+               int64_t ties = chunk + 1 < s.n_tasks ? n : s.ties;
+               for_words<T>(s, item, rule, first, n, buffers,
+                            [&](const T*, const Classes& c, int64_t at, int64_t left) {
+                              uint64_t kept = c.inside;
+                              while (__builtin_popcountll(kept) > ties)
+                                kept &= ~(uint64_t{1} << (63 - __builtin_clzll(kept)));
+                              ties -= __builtin_popcountll(kept);
+                              store_mask(item, first + at, left, c.above | kept);
+                            });
+             });
+}
+
+template <typename T>
+void run_typed(Search& s, int64_t begin, int64_t end) {
+  switch (s.step) {
+    case Step::Sample:
+      return run_sample<T>(s, begin, end);
+    case Step::Sweep:
+      return run_sweep<T>(s, begin, end);
+    case Step::Histogram:
+      return run_histogram<T>(s, begin, end);
+    case Step::Fill:
+      return run_fill<T>(s, begin, end);
+    case Step::Done:
+      return;
+  }
+}
+
+void go_sweep(Search& s, int64_t low, int64_t high) {
+  s.step = Step::Sweep;
+  s.n_tasks = s.n_chunks;
+  s.low = low;
+  s.high = high;
+  s.above = s.inside = s.pooled = 0;
+}
+
+// `inside` elements are known to lie in low..high, among them the k-th.
+void look_into(Search& s, int64_t low, int64_t high, int64_t inside) {
+  if (inside <= s.capacity || low == high) return go_sweep(s, low, high);
+  s.step = Step::Histogram;
+  s.n_tasks = s.n_chunks;
+  s.low = low;
+  s.high = high;
+  s.shift = shift_for(low, high);
+  std::fill_n(s.histogram, kBins, 0);
+}
+
+template <typename T>
+void after_sample(Search& s) {
+  using K = Int<T>;
+  const K* const keys = static_cast<const K*>(s.keys);
+  int64_t low = kLowest<K>, high = kHighest<K>;
+  if (s.pooled > 0) {
+    const double n = static_cast<double>(s.pooled);
+    const double alive = static_cast<double>(s.alive);
+    const double share = static_cast<double>(s.keep) / alive;
+    // Four standard deviations of the sample's k-th, unless that would be more than there is room
+    // for.
+    const double room = 0.45 * static_cast<double>(s.capacity) * n / alive;
+    const int64_t margin =
+        static_cast<int64_t>(std::min(4 * __builtin_sqrt(n * share * (1 - share)), room)) + 1;
+    const int64_t rank = static_cast<int64_t>(n * share);
+    if (rank + margin <= s.pooled) low = kth(keys, s.pooled, low, high, rank + margin);
+    if (rank - margin >= 1) high = kth(keys, s.pooled, low, high, rank - margin);
+  }
+  go_sweep(s, low, high);
+}
+
+// Sets the winners among the collected candidates.
+template <typename T>
+void choose(Search& s) {
+  using K = Int<T>;
+  const K* const keys = static_cast<const K*>(s.keys);
+  const int64_t rank = s.keep - s.above;
+  const K threshold = kth(keys, s.pooled, s.low, s.high, rank);
+  int64_t ties = rank;
+  if (threshold < kHighest<K>) ties -= count_from(keys, s.pooled, static_cast<K>(threshold + 1));
+  for_chunks(s, 0, s.n_chunks,
+             [&](const Item& item, int64_t, int64_t chunk, int64_t first, int64_t) {
+               const Candidates c = s.candidates[chunk];
+               for (int64_t i = c.begin; i < c.begin + c.count; ++i) {
+                 // No branch: nothing predicts which way a candidate falls.
+                 const int tie = keys[i] == threshold;
+                 const int kept = (keys[i] > threshold) | (tie & (ties > 0));
+                 ties -= tie;
+                 const int64_t index = first + s.offsets[i];
+                 item.mask[index / 8] |= static_cast<uint8_t>(kept << index % 8);
+               }
+             });
+}
+
+template <typename T>
+void after_sweep(Search& s) {
+  using K = Int<T>;
+  s.step = Step::Done;
+  if (s.bad_item < s.n_items || s.by_threshold || s.above == s.keep) return;
+  if (s.above > s.keep) {  // the k-th lies higher
+    s.base = 0;
+    return look_into(s, s.high + 1, kHighest<K>, s.above);
+  }
+  if (s.above + s.inside < s.keep) {  // it lies lower
+    s.base = s.above + s.inside;
+    return look_into(s, kLowest<K>, s.low - 1, s.alive - s.base);
+  }
+  if (s.low == s.high) {
+    int64_t chunk = 0;
+    for (s.ties = s.keep - s.above; s.ties > s.candidates[chunk].count; ++chunk)
+      s.ties -= s.candidates[chunk].count;
+    s.step = Step::Fill;
+    s.n_tasks = chunk + 1;
+    return;
+  }
+  if (s.inside <= s.capacity) return choose<T>(s);
+  s.base = s.above;
+  look_into(s, s.low, s.high, s.inside);
+}
+
+void after_histogram(Search& s) {
+  int64_t low = s.low, high = s.high, rank = s.keep - s.base;
+  const int64_t inside = narrow(s.histogram, s.shift, low, high, rank);
+  s.base = s.keep - rank;
+  look_into(s, low, high, inside);
+}
+
+template <typename T>
+void start_typed(Search& s) {
+  using K = Int<T>;
+  if (s.by_threshold) {
+    // The keys to keep are those above the one before the threshold's.
+    const int64_t before = int64_t{KeyRule<T>(s).key(static_cast<T>(s.threshold))} - 1;
+    return go_sweep(s, before, before);
+  }
+  // Nothing, or everything, lies above an end of the range; the sweep only looks for bad scores.
+  if (s.keep == 0) return go_sweep(s, kHighest<K>, kHighest<K>);
+  if (s.keep == s.alive) return go_sweep(s, kLowest<K>, kLowest<K>);
+  if (s.alive <= s.capacity) return go_sweep(s, kLowest<K>, kHighest<K>);
+  s.step = Step::Sample;
+  s.n_tasks = std::min(s.capacity, kMaxSample) / kSampleRun;
+  s.pooled = 0;
+}
+
+template <typename T>
+void advance_typed(Search& s) {
+  switch (s.step) {
+    case Step::Sample:
+      return after_sample<T>(s);
+    case Step::Sweep:
+      return after_sweep<T>(s);
+    case Step::Histogram:
+      return after_histogram(s);
+    case Step::Fill:
+    case Step::Done:
+      s.step = Step::Done;
+  }
+}
+
+}  // namespace
+
+int64_t capacity(int64_t numel) { return std::max(kMinCapacity, numel / kElementsPerCapacity); }
+
+void start(Search& s) {
+  s.step = Step::Done;
+  s.alive = 0;
+  s.bad_item = s.n_items;
+  for (int64_t i = 0; i < s.n_items; ++i) {
+    const Item& item = s.items[i];
+    if (!item.alive) {
+      s.alive += item.numel;
+      continue;
+    }
+    for (int64_t at = 0; at < item.numel; at += 64)
+      s.alive += __builtin_popcountll(mask_word(item.alive, at, item.numel - at));
+  }
+  if (s.n_chunks == 0 || (!s.by_threshold && s.keep > s.alive)) return;
+  s.wide ? start_typed<double>(s) : start_typed<float>(s);
+}
+
+void advance(Search& s) { s.wide ? advance_typed<double>(s) : advance_typed<float>(s); }
+
+void run(Search& s, int64_t begin, int64_t end) {
+  s.wide ? run_typed<double>(s, begin, end) : run_typed<float>(s, begin, end);
+}
+
+}  // namespace secateur::topk::SECATEUR_ISA

@@ -1,0 +1,389 @@
+"""Products with a block-sparse weight: forward, gradient of the input, gradient of the weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from secateur.ops._spec import FLOATS, OpSpec, Sample
+
+if TYPE_CHECKING:
+    from secateur.sparse import BlockSparse
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern:
+    """Which blocks of a grid are live, in row order and in column order; all int32.
+
+    Attributes:
+        row_ptr: ``(block_rows + 1,)``; block row r owns ``[row_ptr[r], row_ptr[r + 1])``.
+        col: ``(n_blocks,)`` block column of each block, ascending within a block row.
+        row_of: ``(n_blocks,)`` block row of each block.
+        col_ptr: ``(block_cols + 1,)``; the same for block columns, over the next two.
+        row_t: ``(n_blocks,)`` block row of each block in column order.
+        position_t: ``(n_blocks,)`` where each block of the column order is in the row order.
+    """
+
+    row_ptr: Tensor
+    col: Tensor
+    row_of: Tensor
+    col_ptr: Tensor
+    row_t: Tensor
+    position_t: Tensor
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> Pattern:
+        """The pattern of a bool mask of blocks ``(block_rows, block_cols)``, True = live.
+
+        Raises:
+            TypeError: ``mask`` is not bool.
+            ValueError: ``mask`` is not 2-D, or has 2**31 live blocks or more.
+        """
+        if mask.dtype != torch.bool:
+            raise TypeError(f"expected mask to be torch.bool, got {mask.dtype}")
+        if mask.dim() != 2:
+            raise ValueError(f"expected mask to have 2 dimensions, got {mask.dim()}")
+        row_of, col = mask.nonzero(as_tuple=True)
+        if col.numel() >= 2**31:
+            raise ValueError(f"expected fewer than 2**31 live blocks, got {col.numel()}")
+        # A stable sort by column keeps rows ascending within a column.
+        position_t = col.sort(stable=True).indices
+        return cls(
+            row_ptr=_offsets(mask.sum(1)),
+            col=col.int(),
+            row_of=row_of.int(),
+            col_ptr=_offsets(mask.sum(0)),
+            row_t=row_of[position_t].int(),
+            position_t=position_t.int(),
+        )
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The six index tensors in the order in which the ops take them."""
+        return self.row_ptr, self.col, self.row_of, self.col_ptr, self.row_t, self.position_t
+
+    def to(self, device: torch.device | str | None) -> Pattern:
+        """The same pattern on another device."""
+        return Pattern(*(t.to(device) for t in self.tensors()))
+
+
+def _offsets(counts: Tensor) -> Tensor:
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+
+
+def block_sparse_linear(x: Tensor, weight: BlockSparse, bias: Tensor | None = None) -> Tensor:
+    """Multiply by the transpose of a block-sparse weight: y = x Wᵀ + bias.
+
+    Only live blocks are touched, here and in both backward products. Gradients reach ``x``,
+    ``weight.values`` and ``bias``, to any order. Accumulates in float32 (float64 in double). Under
+    autocast, inputs are cast to its dtype, as in ``torch.nn.functional.linear``.
+
+    Args:
+        x: ``(..., in_features)``; float32, bfloat16, float16 or float64; any strides.
+        weight: a :class:`secateur.BlockSparse` of shape ``(out_features, in_features)``.
+        bias: ``(out_features,)`` or None.
+
+    Returns:
+        ``(..., out_features)``, contiguous, of x's dtype.
+
+    Raises:
+        TypeError: ``weight`` is no BlockSparse, or dtypes differ or are not supported.
+        ValueError: shapes do not fit, or devices differ.
+
+    Source:
+        The products are dsd and sdd of Gale et al., "MegaBlocks" (2022).
+
+    Equivalent to:
+        ``torch.nn.functional.linear(x, weight.to_dense(), bias)``
+    """
+    if not hasattr(weight, "pattern"):
+        raise TypeError(
+            "expected weight to be a BlockSparse (BlockSparse.from_dense makes one), got "
+            f"{type(weight).__name__}"
+        )
+    out_features, in_features = weight.shape
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(
+            f"expected x of shape (..., {in_features}) for a weight of shape "
+            f"({out_features}, {in_features}), got {tuple(x.shape)}"
+        )
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"expected bias of shape ({out_features},), got {tuple(bias.shape)}")
+    values = weight.values
+    others = {"weight.values": values} if bias is None else {"weight.values": values, "bias": bias}
+    for name, t in others.items():
+        if t.device != x.device:
+            raise ValueError(f"expected {name} on {x.device}, as x, got {t.device}")
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, values = _autocast(x, dtype), _autocast(values, dtype)
+        others = {"weight.values": values}
+        if bias is not None:
+            others["bias"] = bias = _autocast(bias, dtype)
+    check_dtype("x", x)
+    for name, t in others.items():
+        if t.dtype != x.dtype:
+            raise TypeError(f"expected {name} to be {x.dtype}, as x, got {t.dtype}")
+    y: Tensor = torch.ops.secateur.block_sparse_linear(
+        x.reshape(x.shape[:-1].numel(), in_features),
+        values,
+        bias,
+        *weight.pattern.tensors(),
+        out_features,
+    )
+    return y.reshape(*x.shape[:-1], out_features)
+
+
+def check_dtype(name: str, t: Tensor) -> None:
+    """TypeError unless the kernels have t's dtype; the message calls it ``name``."""
+    if t.dtype not in FLOATS:
+        raise TypeError(
+            f"expected {name} to be {', '.join(map(str, FLOATS[:-1]))} or {FLOATS[-1]}, "
+            f"got {t.dtype}"
+        )
+
+
+def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """What autocast does to an argument of a matrix product: float64 stays as it is."""
+    return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+
+
+# The three ops take the pattern as six int32 tensors, in the order of Pattern.tensors().
+
+
+@torch.library.register_fake("secateur::block_sparse_linear")
+def _(x: Tensor, values: Tensor, bias: Tensor | None, *pattern_and_size: Any) -> Tensor:
+    return x.new_empty((x.shape[0], pattern_and_size[-1]))
+
+
+@torch.library.register_fake("secateur::block_sparse_linear_dx")
+def _(dy: Tensor, values: Tensor, *pattern_and_size: Any) -> Tensor:
+    return dy.new_empty((dy.shape[0], pattern_and_size[-1]))
+
+
+@torch.library.register_fake("secateur::block_sparse_linear_dw")
+def _(dy: Tensor, x: Tensor, row_ptr: Tensor, col: Tensor, *pattern_and_block: Any) -> Tensor:
+    return dy.new_empty((col.shape[0], *pattern_and_block[-2:]))
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, bias, *pattern, _ = inputs
+    ctx.save_for_backward(x, values, *pattern)
+    ctx.has_bias = bias is not None
+
+
+def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    x, values, *pattern = ctx.saved_tensors
+    ops = torch.ops.secateur
+    needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
+    dx = ops.block_sparse_linear_dx(dy, values, *pattern, x.shape[1]) if needs_x else None
+    dw = ops.block_sparse_linear_dw(dy, x, *pattern, *values.shape[1:]) if needs_values else None
+    return dx, dw, dy.sum(0) if needs_bias and ctx.has_bias else None, *[None] * 7
+
+
+def _dx_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    dy, values, *pattern, _ = inputs
+    ctx.save_for_backward(dy, values, *pattern)
+
+
+def _dx_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    dy, values, *pattern = ctx.saved_tensors
+    ops = torch.ops.secateur
+    needs_dy, needs_values = ctx.needs_input_grad[:2]
+    return (
+        ops.block_sparse_linear(g, values, None, *pattern, dy.shape[1]) if needs_dy else None,
+        ops.block_sparse_linear_dw(dy, g, *pattern, *values.shape[1:]) if needs_values else None,
+        *[None] * 7,
+    )
+
+
+def _dw_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    dy, x, *pattern, _, _ = inputs
+    ctx.save_for_backward(dy, x, *pattern)
+
+
+def _dw_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    dy, x, *pattern = ctx.saved_tensors
+    ops = torch.ops.secateur
+    needs_dy, needs_x = ctx.needs_input_grad[:2]
+    return (
+        ops.block_sparse_linear(x, g, None, *pattern, dy.shape[1]) if needs_dy else None,
+        ops.block_sparse_linear_dx(dy, g, *pattern, x.shape[1]) if needs_x else None,
+        *[None] * 8,
+    )
+
+
+torch.library.register_autograd(
+    "secateur::block_sparse_linear", _linear_backward, setup_context=_linear_setup
+)
+torch.library.register_autograd(
+    "secateur::block_sparse_linear_dx", _dx_backward, setup_context=_dx_setup
+)
+torch.library.register_autograd(
+    "secateur::block_sparse_linear_dw", _dw_backward, setup_context=_dw_setup
+)
+
+
+def _compute(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def _blocks_to_dense(values: Tensor, row_of: Tensor, col: Tensor, n: int, k: int) -> Tensor:
+    _, rows, cols = values.shape
+    grid = values.new_zeros((-(-n // rows), -(-k // cols), rows, cols))
+    grid = grid.index_put((row_of.long(), col.long()), values)
+    return grid.permute(0, 2, 1, 3).reshape(grid.shape[0] * rows, grid.shape[1] * cols)[:n, :k]
+
+
+def block_sparse_linear_reference(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    row_ptr: Tensor,
+    col: Tensor,
+    row_of: Tensor,
+    col_ptr: Tensor,
+    row_t: Tensor,
+    position_t: Tensor,
+    out_features: int,
+) -> Tensor:
+    w = _blocks_to_dense(_compute(values), row_of, col, out_features, x.shape[1])
+    y = _compute(x) @ w.t()
+    return (y if bias is None else y + _compute(bias)).to(x.dtype)
+
+
+def block_sparse_linear_dx_reference(
+    dy: Tensor,
+    values: Tensor,
+    row_ptr: Tensor,
+    col: Tensor,
+    row_of: Tensor,
+    col_ptr: Tensor,
+    row_t: Tensor,
+    position_t: Tensor,
+    in_features: int,
+) -> Tensor:
+    w = _blocks_to_dense(_compute(values), row_of, col, dy.shape[1], in_features)
+    return (_compute(dy) @ w).to(dy.dtype)
+
+
+def block_sparse_linear_dw_reference(
+    dy: Tensor,
+    x: Tensor,
+    row_ptr: Tensor,
+    col: Tensor,
+    row_of: Tensor,
+    col_ptr: Tensor,
+    row_t: Tensor,
+    position_t: Tensor,
+    rows: int,
+    cols: int,
+) -> Tensor:
+    dense = _compute(dy).t() @ _compute(x)
+    n, k = dense.shape
+    padded = torch.nn.functional.pad(dense, (0, -k % cols, 0, -n % rows))
+    grid = padded.view(-(-n // rows), rows, -(-k // cols), cols).permute(0, 2, 1, 3)
+    return grid[row_of.long(), col.long()].to(dy.dtype)
+
+
+# (batch, out_features, in_features, rows, cols, density)
+_CASES = (
+    (3, 4, 5, 1, 1, 0.5),
+    (2, 7, 5, 3, 5, 0.7),
+    (5, 8, 8, 4, 1, 0.5),
+    (3, 6, 9, 1, 4, 0.6),
+    (1, 16, 17, 8, 8, 0.5),
+    (4, 0, 6, 2, 2, 0.5),
+    (4, 6, 0, 2, 2, 0.5),
+    (0, 6, 4, 2, 2, 0.5),
+    (3, 6, 4, 2, 2, 0.0),
+    (65, 33, 70, 1, 1, 0.2),
+    (70, 40, 24, 8, 8, 0.4),
+    (33, 50, 47, 16, 1, 0.4),
+    (19, 64, 64, 16, 16, 0.5),
+    (7, 100, 90, 16, 16, 0.5),
+    (150, 100, 90, 32, 32, 0.4),
+    (21, 70, 50, 32, 16, 0.5),
+    (40, 130, 200, 64, 64, 0.5),
+    (17, 256, 192, 128, 64, 0.5),
+    (9, 150, 260, 128, 128, 1.0),
+    (130, 37, 41, 3, 5, 0.3),
+    (64, 24, 56, 24, 24, 0.5),
+    (66, 48, 96, 48, 48, 0.5),
+)
+
+
+def _problems(
+    dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[str, Tensor, Tensor, Tensor, tuple[Tensor, ...], tuple[int, ...]]]:
+    generator = torch.Generator(device).manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    for m, n, k, rows, cols, density in _CASES:
+        grid = (-(-n // rows), -(-k // cols))
+        pattern = Pattern.from_mask(torch.rand(grid, generator=generator, device=device) < density)
+        values = randn(pattern.col.numel(), rows, cols)
+        name = f"{m}x{n}x{k} in {rows}x{cols}"
+        yield name, randn(m, k), values, randn(m, n), pattern.tensors(), (n, k, rows, cols)
+        if (m, rows) in ((19, 16), (65, 1)):  # strided
+            yield (
+                f"{name}, strided",
+                randn(k, m).t(),
+                randn(cols, rows, pattern.col.numel()).permute(2, 1, 0),
+                randn(m, 2 * n)[:, ::2],
+                pattern.tensors(),
+                (n, k, rows, cols),
+            )
+        # What is stored beyond the edge must not matter.
+        if (m, rows) in ((7, 16), (130, 3), (150, 32)):
+            bad = values.clone()
+            bad[pattern.row_of == grid[0] - 1, n - (grid[0] - 1) * rows :] = torch.finfo(dtype).max
+            bad[pattern.col == grid[1] - 1, :, k - (grid[1] - 1) * cols :] = torch.finfo(dtype).max
+            yield (
+                f"{name}, garbage",
+                randn(m, k),
+                bad,
+                randn(m, n),
+                pattern.tensors(),
+                (n, k, rows, cols),
+            )
+
+
+def _linear_samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
+    for i, (name, x, values, _, pattern, (n, *_)) in enumerate(_problems(dtype, device)):
+        bias = None if i % 3 == 2 else torch.linspace(-1, 1, n, device=device).to(dtype)
+        yield Sample(name, (x, values, bias, *pattern, n))
+
+
+def _dx_samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
+    for name, _, values, dy, pattern, (_, k, *_) in _problems(dtype, device):
+        yield Sample(name, (dy, values, *pattern, k))
+
+
+def _dw_samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
+    for name, x, _, dy, pattern, (_, _, rows, cols) in _problems(dtype, device):
+        yield Sample(name, (dy, x, *pattern, rows, cols))
+
+
+SPECS = (
+    OpSpec(
+        "block_sparse_linear", block_sparse_linear_reference, _linear_samples, differentiable=True
+    ),
+    OpSpec(
+        "block_sparse_linear_dx",
+        block_sparse_linear_dx_reference,
+        _dx_samples,
+        differentiable=True,
+    ),
+    OpSpec(
+        "block_sparse_linear_dw",
+        block_sparse_linear_dw_reference,
+        _dw_samples,
+        differentiable=True,
+    ),
+)

@@ -1,0 +1,326 @@
+"""Exact selection of the best elements over a list of tensors, without concatenation or sorting."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from secateur.ops._spec import OpSpec, Sample
+from secateur.ops.mask import pack_mask_reference, unpack_mask, unpack_mask_reference
+from secateur.ops.score import (
+    check_float,
+    check_formula,
+    check_like,
+    check_normalizer,
+    check_observed,
+    check_seed,
+    compute_dtype,
+    elements_reference,
+)
+
+
+class NonFiniteScoreError(ValueError):
+    """A score is NaN, or infinite where that is an error.
+
+    Attributes:
+        index: position in its list of the first tensor with such a score.
+    """
+
+    def __init__(self, message: str, index: int) -> None:
+        super().__init__(message)
+        self.index = index
+
+
+def topk_mask(scores: Sequence[Tensor], keep: int) -> list[Tensor]:
+    """Mark the ``keep`` largest elements of a list of tensors.
+
+    Exact: of equal scores the earlier tensor, then the lower logical index wins; -0.0 equals 0.0.
+    The result is the same for every instruction set and thread count.
+
+    Args:
+        scores: floating point, one dtype and device, any shapes and strides; infinities allowed.
+        keep: how many elements to mark, over the whole list.
+
+    Returns:
+        For each tensor a bool mask of its shape; exactly ``keep`` elements are True.
+
+    Raises:
+        TypeError: ``keep`` is not an int, or ``scores`` are not floating point of one dtype.
+        ValueError: ``keep`` is out of range, or the devices differ.
+        NonFiniteScoreError: a score is NaN.
+
+    Equivalent to (without ties):
+        ``best = torch.cat([s.flatten() for s in scores]).topk(keep).values.min()`` and
+        ``[s >= best for s in scores]``
+    """
+    scores = list(scores)
+    for i, s in enumerate(scores):
+        check_float(f"scores[{i}]", s)
+        if s.dtype != scores[0].dtype:
+            raise TypeError(
+                f"expected scores of one dtype, got {scores[0].dtype} and, scores[{i}], {s.dtype}"
+            )
+        if s.device != scores[0].device:
+            raise ValueError(
+                f"expected scores on one device, got {scores[0].device} and, scores[{i}], "
+                f"{s.device}"
+            )
+    _check_keep(keep, sum(s.numel() for s in scores), "elements")
+    if not scores:  # the dispatcher finds a kernel by the tensors it is given
+        return []
+    n = len(scores)
+    with torch.no_grad():
+        masks, info = torch.ops.secateur.select(
+            scores, [], [], "given", [], keep, None, True, False, [1.0] * n, [0] * n
+        )
+    bad = int(info[0])
+    if bad >= 0:
+        raise NonFiniteScoreError(f"expected scores to order, got NaN in scores[{bad}]", bad)
+    return [unpack_mask(m, s.shape) for m, s in zip(masks, scores, strict=True)]
+
+
+def select(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor] | None = None,
+    states: Sequence[Tensor] | None = None,
+    *,
+    formula: str,
+    alive: Sequence[Tensor] | None = None,
+    keep: int | None = None,
+    threshold: float | None = None,
+    largest: bool = True,
+    normalizers: Sequence[float] | None = None,
+    seeds: Sequence[int] | None = None,
+) -> list[Tensor]:
+    """Score a list of weights and mark the best elements; the scores are never stored.
+
+    The order is that of :func:`topk_mask`: exact, ties by tensor, then by logical index.
+
+    Args:
+        weights: floating point, any shapes and strides, all float64 or none, on one device.
+        grads: as in :func:`secateur.ops.score`, one a weight.
+        states: as in :func:`secateur.ops.score`, one a weight.
+        formula: one of :data:`secateur.ops.FORMULAS`.
+        alive: bit-packed masks (:func:`secateur.ops.pack_mask`), one a weight, of the elements to
+            choose from; None for all. The scores of the others do not matter.
+        keep: how many elements to mark, over the whole list; or
+        threshold: mark the elements with score >= threshold (<= if not ``largest``), threshold
+            being rounded to the compute dtype. Exactly one of the two is given.
+        largest: whether larger scores are better.
+        normalizers: as in :func:`secateur.ops.score`, one a weight; default 1.
+        seeds: as in :func:`secateur.ops.score`, one a weight; default 0, 1, 2, ...
+
+    Returns:
+        For each weight a bit-packed mask, uint8 of shape ``(ceil(numel / 8),)``; unused bits are 0.
+
+    Raises:
+        TypeError: a dtype does not fit, or ``keep`` is not an int.
+        ValueError: anything else that does not fit; ``keep`` exceeds the number of alive elements.
+        NonFiniteScoreError: the score of an alive element is NaN or infinite.
+
+    Equivalent to (one weight, taylor, without ties):
+        ``s = (weight * grad).abs()`` and
+        ``pack_mask(s >= s[unpack_mask(alive, s.shape)].topk(keep).values.min())``
+    """
+    weights = list(weights)
+    n = len(weights)
+    check_formula(formula)
+    if (keep is None) == (threshold is None):
+        raise ValueError(f"expected one of keep and threshold, got {keep=} and {threshold=}")
+    if threshold is not None and math.isnan(threshold):
+        raise ValueError(f"expected threshold to be a number, got {threshold}")
+    for i, w in enumerate(weights):
+        check_float(f"weights[{i}]", w)
+        if compute_dtype(w.dtype) != compute_dtype(weights[0].dtype):
+            raise TypeError(
+                f"expected weights that are all float64 or none, got {weights[0].dtype} and, "
+                f"weights[{i}], {w.dtype}"
+            )
+        if w.device != weights[0].device:
+            raise ValueError(
+                f"expected weights on one device, got {weights[0].device} and, weights[{i}], "
+                f"{w.device}"
+            )
+    if states is None:
+        check_observed(formula, "grads", grads is not None)
+    for name, given in (
+        ("grads", grads),
+        ("states", states),
+        ("alive", alive),
+        ("normalizers", normalizers),
+        ("seeds", seeds),
+    ):
+        if given is not None and len(given) != n:
+            raise ValueError(f"expected {n} {name}, one a weight, got {len(given)}")
+    for i, w in enumerate(weights):
+        of = f"weights[{i}]"
+        if grads is not None:
+            check_like(f"grads[{i}]", grads[i], of, w, w.dtype)
+        if states is not None:
+            check_like(f"states[{i}]", states[i], of, w, compute_dtype(w.dtype))
+        if alive is not None:
+            _check_alive(f"alive[{i}]", alive[i], w)
+        if normalizers is not None:
+            check_normalizer(f"normalizers[{i}]", normalizers[i])
+        if seeds is not None:
+            check_seed(f"seeds[{i}]", seeds[i])
+    if keep is not None:
+        _check_keep(keep, sum(w.numel() for w in weights), "elements")
+    if not weights:  # the dispatcher finds a kernel by the tensors it is given
+        return []
+    with torch.no_grad():
+        masks, info = torch.ops.secateur.select(
+            weights,
+            list(grads or []),
+            list(states or []),
+            formula,
+            [a.contiguous() for a in alive or []],
+            keep,
+            None if threshold is None else float(threshold),
+            largest,
+            True,
+            [1.0] * n if normalizers is None else [float(x) for x in normalizers],
+            list(range(n)) if seeds is None else list(seeds),
+        )
+    bad, n_alive = info.tolist()
+    if keep is not None:
+        _check_keep(keep, n_alive, "alive elements")
+    if bad >= 0:
+        raise NonFiniteScoreError(
+            f"expected finite {formula} scores, got NaN or infinity in weights[{bad}]", bad
+        )
+    return list(masks)
+
+
+def _check_keep(keep: int, n: int, what: str) -> None:
+    if isinstance(keep, bool) or not isinstance(keep, int):
+        raise TypeError(f"expected keep to be an int, got {keep!r}")
+    if not 0 <= keep <= n:
+        raise ValueError(f"expected keep between 0 and {n}, the number of {what}, got {keep}")
+
+
+def _check_alive(name: str, bits: Tensor, weight: Tensor) -> None:
+    size = (weight.numel() + 7) // 8
+    if bits.dtype != torch.uint8 or bits.shape != (size,) or bits.device != weight.device:
+        raise ValueError(
+            f"expected {name} to be {size} bytes (uint8) on {weight.device} for a weight of shape "
+            f"{tuple(weight.shape)}, got {bits.dtype} of shape {tuple(bits.shape)} on {bits.device}"
+        )
+
+
+@torch.library.register_fake("secateur::select")
+def _(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    states: list[Tensor],
+    formula: str,
+    alive: list[Tensor],
+    keep: int | None,
+    threshold: float | None,
+    largest: bool,
+    finite: bool,
+    normalizers: list[float],
+    seeds: list[int],
+) -> tuple[list[Tensor], Tensor]:
+    masks = [w.new_empty(((w.numel() + 7) // 8,), dtype=torch.uint8) for w in weights]
+    return masks, weights[0].new_empty((2,), dtype=torch.int64)
+
+
+def select_reference(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    states: list[Tensor],
+    formula: str,
+    alive: list[Tensor],
+    keep: int | None,
+    threshold: float | None,
+    largest: bool,
+    finite: bool,
+    normalizers: list[float],
+    seeds: list[int],
+) -> tuple[list[Tensor], Tensor]:
+    """By a stable sort. Defined where no score is an error and enough elements are alive."""
+    scores = torch.cat(
+        [
+            elements_reference(
+                w,
+                grads[i] if grads else None,
+                states[i] if states else None,
+                formula,
+                normalizers[i],
+                seeds[i],
+            ).flatten()
+            for i, w in enumerate(weights)
+        ]
+    )
+    living = torch.ones_like(scores, dtype=torch.bool)
+    if alive:
+        shapes = [list(w.shape) for w in weights]
+        living = torch.cat(
+            [unpack_mask_reference(a, s).flatten() for a, s in zip(alive, shapes, strict=True)]
+        )
+    if threshold is not None:
+        chosen = living & (scores >= threshold if largest else scores <= threshold)
+    else:
+        index = living.nonzero().flatten()
+        order = scores[index].sort(descending=largest, stable=True).indices
+        chosen = torch.zeros_like(living)
+        chosen[index[order[:keep]]] = True
+    masks = [pack_mask_reference(m) for m in torch.split(chosen, [w.numel() for w in weights])]
+    return masks, torch.tensor([-1, int(living.sum())], device=scores.device)
+
+
+_SHAPES = ((), (0,), (1,), (7,), (5, 13), (3, 0, 4), (64, 48), (9001,))
+
+
+def _select_samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    def lists(shapes: Sequence[tuple[int, ...]]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        w, g = [draw(s) for s in shapes], [draw(s) for s in shapes]
+        return w, g, [draw(s).abs().to(compute_dtype(dtype)) for s in shapes]
+
+    def call(
+        w: list[Tensor],
+        g: list[Tensor],
+        s: list[Tensor],
+        formula: str,
+        *,
+        alive: Sequence[Tensor] = (),
+        keep: int | None = None,
+        threshold: float | None = None,
+        largest: bool = True,
+    ) -> tuple[object, ...]:
+        n = len(w)
+        normalizers, seeds = [0.5] * n, list(range(n))
+        return w, g, s, formula, list(alive), keep, threshold, largest, True, normalizers, seeds
+
+    w, g, s = lists(_SHAPES)
+    total = sum(t.numel() for t in w)
+    alive = [
+        pack_mask_reference(torch.rand(x, generator=generator, device=device) < 0.7)
+        for x in _SHAPES
+    ]
+    for keep in (0, 1, total // 10, total // 2, total):
+        yield Sample(f"keep {keep}", call(w, g, [], "taylor", keep=keep))
+    for formula in ("obd", "random"):
+        yield Sample(formula, call(w, g, [], formula, keep=total // 3))
+    yield Sample("by state", call(w, [], s, "obd", keep=total // 3))
+    for largest in (True, False):
+        name = "largest" if largest else "smallest"
+        few = call(w, g, [], "movement", alive=alive, keep=total // 2, largest=largest)
+        yield Sample(f"{name}, alive", few)
+        few = call(w, g, [], "given", alive=alive, threshold=0.3, largest=largest)
+        yield Sample(f"{name}, threshold", few)
+    yield Sample("ties", call([(t * 2).round() for t in w], [], [], "given", keep=total // 2))
+    a, b = draw((9, 40))[:, ::2].t(), draw((4, 6, 3, 3)).to(memory_format=torch.channels_last)
+    yield Sample("strided", call([a, b], [], [], "magnitude", keep=100))
+
+
+SPECS = (OpSpec("select", select_reference, _select_samples, exact=True),)

@@ -1,0 +1,448 @@
+"""Pruning inside a training loop: the only file that knows model and optimizer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from secateur import ops, surgery
+from secateur.criteria import Criterion
+from secateur.granularity import Granularity
+from secateur.layers import Layer, find_layers
+from secateur.schedules import OneShot, Schedule, Target, Threshold
+from secateur.scope import share_out
+from secateur.selection import choose, measured, normalizer
+
+__all__ = ["Pruner", "prune_"]
+
+
+class Pruner:
+    """Prunes a model while it trains: masks are chosen just before an optimizer step.
+
+    The model's parameters stay the dense parameters they were, zero where dead: no
+    parametrization, no renamed keys. Gradients of dead weights are zeroed as they arrive, so
+    clipping sees the pruned network; weights and optimizer moments are zeroed when the masks
+    change, so that a dead weight stays exactly zero under any optimizer.
+
+    Args:
+        model: the module; wrappers (DataParallel, DistributedDataParallel, torch.compile) are seen
+            through.
+        optimizer: holds the model's parameters; its ``step`` drives the schedule. None with
+            :meth:`update`, for hand-rolled updates.
+        criterion: what a weight is worth (``secateur.criteria``).
+        granularity: what lives or dies together (``secateur.granularity``).
+        schedule: when, and how far (``secateur.schedules``).
+        scope: ``"global"``: all layers compete for the target; ``"layer"``: each layer meets it.
+        include: name globs of the parameters to prune, or of modules whose weights to prune. None:
+            every weight of two dimensions or more that is no norm, bias or embedding.
+        exclude: name globs of parameters or modules to leave out.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it should be, a glob matches nothing, the
+            model has nothing to prune, an included parameter is frozen, or the optimizer does not
+            hold a parameter to prune.
+
+    Example:
+        >>> pruner = secateur.Pruner(
+        ...     model, optimizer,
+        ...     criterion=secateur.Taylor(),
+        ...     granularity=secateur.Block(32),
+        ...     schedule=secateur.Cubic(0.9, begin=500, end=5000, every=50),
+        ... )
+        >>> for batch in batches:  # the loop stays as it was
+        ...     loss(model, batch).backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None,
+        *,
+        criterion: Criterion,
+        granularity: Granularity,
+        schedule: Schedule,
+        scope: str = "global",
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+    ) -> None:
+        _check_policy(criterion, scope)
+        if not isinstance(schedule, Schedule):
+            raise TypeError(f"expected a schedule such as Cubic(0.9, ...), got {schedule!r}")
+        if optimizer is not None and not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"expected optimizer to be a torch.optim.Optimizer or None, got {optimizer!r}"
+            )
+        self.layers, self.skipped = find_layers(model, granularity, include, exclude)
+        self.optimizer = optimizer
+        self._check_parameters()
+        self.criterion = criterion
+        self.granularity = granularity
+        self.schedule = schedule
+        self.scope = scope
+        self.step = 0
+        """The optimizer step that comes next."""
+        self.idle_steps = 0
+        """Due steps that had nothing to prune."""
+        self._masks_changed = False
+        self._moves_dead = False  # whether the optimizer moves a weight whose gradient is zero
+        self._handles = [
+            layer.parameter.register_post_accumulate_grad_hook(_GradientMask(layer))
+            for layer in self.layers
+        ]
+        if optimizer is not None:
+            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """bool masks by parameter name, True = alive; copies."""
+        return {layer.name: layer.mask for layer in self.layers}
+
+    def sparsity(self) -> float:
+        """Fraction of the weights of the pruned parameters that are dead."""
+        return 1 - sum(layer.alive for layer in self.layers) / self._numel()
+
+    @contextlib.contextmanager
+    def update(self) -> Iterator[None]:
+        """Around a hand-rolled update of the weights, with the gradients in ``.grad``.
+
+        Stands for the optimizer step: masks are chosen on entry, and what the update moved back to
+        life is zeroed on exit.
+
+        Raises:
+            RuntimeError: this pruner's optimizer drives the schedule already.
+        """
+        if self.optimizer is not None:
+            raise RuntimeError(
+                "expected update() only with Pruner(model, optimizer=None, ...), got a pruner "
+                f"whose {type(self.optimizer).__name__} drives the schedule by its own step()"
+            )
+        self._before_update()
+        yield
+        self._after_update()
+
+    def remove(self) -> None:
+        """Detach from model and optimizer. The weights stay as they are; dead ones can move again.
+
+        Calling it twice is allowed.
+        """
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks, running scores and position in the schedule; tensors and plain values only."""
+        return {
+            "version": 1,
+            "settings": self._settings(),
+            "step": self.step,
+            "idle_steps": self.idle_steps,
+            "masks": {layer.name: layer.bits.clone() for layer in self.layers},
+            "states": {
+                layer.name: layer.state.clone() for layer in self.layers if layer.state is not None
+            },
+            "targets": {layer.name: layer.target for layer in self.layers},
+            "floors": [layer.name for layer in self.layers if layer.floor_held],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken; weights and moments of the dead become zero.
+
+        Raises:
+            ValueError: the state is of other settings, names or shapes. Nothing is changed then.
+        """
+        missing = {"version", "settings", "step", "masks", "states"} - set(state)
+        if missing:
+            raise ValueError(f"expected the state of a Pruner, got one without {sorted(missing)}")
+        if state["version"] != 1:
+            raise ValueError(f"expected a state of version 1, got {state['version']!r}")
+        for key, ours in self._settings().items():
+            if state["settings"].get(key) != ours:
+                raise ValueError(
+                    f"expected a state saved with {key}={ours}, got {state['settings'].get(key)}"
+                )
+        names = {layer.name for layer in self.layers}
+        if set(state["masks"]) != names:
+            raise ValueError(
+                f"expected masks of exactly {sorted(names)}, got {sorted(state['masks'])}"
+            )
+        masks = {}
+        for layer in self.layers:
+            device = layer.parameter.device
+            masks[layer.name] = ops.unpack_mask(state["masks"][layer.name].to(device), layer.shape)
+            running = state["states"].get(layer.name)
+            if running is not None and running.shape != layer.shape:
+                raise ValueError(
+                    f"expected a running score of shape {tuple(layer.shape)} for {layer.name!r}, "
+                    f"got {tuple(running.shape)}"
+                )
+        for layer in self.layers:
+            layer.set_mask(masks[layer.name])
+            running = state["states"].get(layer.name)
+            layer.state = None if running is None else running.to(layer.parameter.device).clone()
+            layer.target = state["targets"][layer.name]
+            layer.floor_held = layer.name in state["floors"]
+        self.step = state["step"]
+        self.idle_steps = state["idle_steps"]
+        self._mask_everything(self.layers)
+
+    def __repr__(self) -> str:
+        """The plan, and how far it has got."""
+        rows = [("parameter", "shape", "units", "target", "sparsity", "")]
+        final = getattr(self.schedule, "sparsity", None)
+        for layer in self.layers:
+            rows.append(
+                (
+                    layer.name,
+                    "x".join(map(str, layer.shape)),
+                    f"{layer.units:,} of {layer.block[0]}x{layer.block[1]}",
+                    "-" if final is None else f"{final:.4f}",
+                    f"{layer.sparsity:.4f}",
+                    "kept its best unit" if layer.floor_held else "",
+                )
+            )
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        table = [
+            "  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        settings = ", ".join(self._settings().values())
+        head = (
+            f"Pruner({settings}): step {self.step}, {self._numel():,} weights in "
+            f"{sum(layer.units for layer in self.layers):,} units, sparsity {self.sparsity():.4f}"
+        )
+        if self.idle_steps:
+            head += f", {self.idle_steps} due steps had nothing to do"
+        lines = [head, *table]
+        if self.skipped:
+            left_out = ", ".join(f"{name} ({why})" for name, why in self.skipped.items())
+            lines.append(f"  left out: {left_out}")
+        return "\n".join(lines)
+
+    def _settings(self) -> dict[str, str]:
+        return {
+            "criterion": repr(self.criterion),
+            "granularity": repr(self.granularity),
+            "schedule": repr(self.schedule),
+            "scope": repr(self.scope),
+        }
+
+    def _numel(self) -> int:
+        return sum(layer.parameter.numel() for layer in self.layers)
+
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._before_update()
+            return None
+
+        # The closure makes the gradients, so the masks are chosen right after it has run.
+        def scored_closure() -> Any:
+            loss = closure()
+            self._before_update()
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": scored_closure}
+        return (args[0], scored_closure, *args[2:]), kwargs
+
+    def _after_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self._after_update()
+
+    @torch.no_grad()
+    def _before_update(self) -> None:
+        self._mask(
+            (layer.parameter.grad, layer)
+            for layer in self.layers
+            if layer.parameter.grad is not None
+        )
+        last = self.schedule.last
+        if self.criterion.accumulation and (last is None or self.step <= last):
+            for layer in self.layers:
+                self._observe(layer, *self.criterion.accumulation)
+        target = self.schedule.target(self.step)
+        if target is not None:
+            self._prune(target)
+
+    def _check_parameters(self) -> None:
+        lost = [
+            layer.name
+            for layer in self.layers
+            if self.optimizer and surgery.group_of(self.optimizer, layer.parameter) is None
+        ]
+        if lost:
+            raise ValueError(
+                "expected the optimizer to hold every parameter that is pruned, got one without "
+                f"{lost}: it was given other parameters, or they were replaced (sparsify); make "
+                "the pruner after that, or remove() it before"
+            )
+
+    def _observe(self, layer: Layer, decay: float, gain: float) -> None:
+        """Write this step's score into the running one."""
+        weight, grad = measured(self.criterion, layer)
+        if layer.state is None:
+            layer.state = torch.zeros_like(weight, dtype=layer.score_dtype)
+            decay, gain = 0.0, 1.0  # the average starts at the first observation
+        ops.observe_(
+            layer.state,
+            weight,
+            grad,
+            formula=self.criterion.formula,
+            decay=decay,
+            gain=gain,
+            normalizer=normalizer(self.criterion, layer),
+        )
+
+    def _prune(self, target: Target) -> None:
+        self._check_parameters()
+
+        def given_state(layer: Layer) -> tuple[Tensor, float] | None:
+            if self.optimizer is None:
+                return self.criterion.given_state(layer.name, {}, {})
+            group = surgery.group_of(self.optimizer, layer.parameter)
+            moments = self.optimizer.state.get(layer.parameter, {})
+            return self.criterion.given_state(layer.name, moments, group or {})
+
+        choice = choose(
+            self.layers,
+            self.criterion,
+            self.granularity,
+            target,
+            self.scope,
+            self.step,
+            given_state,
+        )
+        if not target.permanent:
+            for layer, units in zip(self.layers, choice.unit_bits, strict=True):
+                mask = layer.expand(ops.unpack_mask(units, layer.grid))
+                ops.mask_([layer.parameter], [ops.pack_mask(mask)])
+            return
+        changed = []
+        for layer, units, floor in zip(
+            self.layers, choice.unit_bits, choice.floor_held, strict=True
+        ):
+            layer.floor_held = floor or (layer.floor_held and torch.equal(units, layer.unit_bits))
+            if target.sparsity is not None:
+                layer.target = target.sparsity
+            if not torch.equal(units, layer.unit_bits):
+                layer.set_units(units)
+                changed.append(layer)
+        if changed:
+            self._mask_everything(changed)
+            self._masks_changed = True
+        else:
+            self.idle_steps += 1
+
+    @torch.no_grad()
+    def _after_update(self) -> None:
+        # With zero weight, gradient and moments most optimizers leave a weight at zero. Which do
+        # not shows in the first update after the masks change; those are masked after each update.
+        if self._masks_changed and not self._moves_dead:
+            self._moves_dead = any(self._revived(layer) for layer in self.layers)
+        self._masks_changed = False
+        if self._moves_dead or self.optimizer is None:
+            self._mask_everything(self.layers)
+        self.step += 1
+
+    def _revived(self, layer: Layer) -> bool:
+        dead = ~layer.mask
+        return any(bool((t.ne(0) & dead).any()) for t in self._weight_and_moments(layer))
+
+    def _weight_and_moments(self, layer: Layer) -> list[Tensor]:
+        weight = layer.parameter
+        kept = [] if self.optimizer is None else surgery.moments(self.optimizer, weight)
+        return [weight, *kept]
+
+    def _mask_everything(self, layers: list[Layer]) -> None:
+        self._mask((t, layer) for layer in layers for t in self._weight_and_moments(layer))
+        self._mask(
+            (layer.parameter.grad, layer) for layer in layers if layer.parameter.grad is not None
+        )
+
+    def _mask(self, pairs: Iterator[tuple[Tensor, Layer]]) -> None:
+        dead = [(t, layer.bits) for t, layer in pairs if layer.alive < t.numel()]
+        ops.mask_([t for t, _ in dead], [bits for _, bits in dead])
+
+
+class _GradientMask:
+    """Zeroes the gradient of dead weights as it arrives; a hook that can be copied and pickled."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+
+    def __call__(self, parameter: Tensor) -> None:
+        if parameter.grad is not None and self.layer.alive < parameter.numel():
+            ops.mask_([parameter.grad], [self.layer.bits])
+
+
+def _check_policy(criterion: Criterion, scope: str) -> None:
+    if not isinstance(criterion, Criterion):
+        raise TypeError(f"expected a criterion such as Taylor(), got {criterion!r}")
+    share_out(scope, 0.0, [])
+
+
+@torch.no_grad()
+def prune_(
+    model: nn.Module,
+    criterion: Criterion,
+    granularity: Granularity,
+    *,
+    sparsity: float | None = None,
+    threshold: float | None = None,
+    scope: str = "global",
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+) -> dict[str, Tensor]:
+    """Prune a model in place, once, with no optimizer.
+
+    Args:
+        model, criterion, granularity, scope, include, exclude: as for :class:`Pruner`. Criteria
+            that need gradients take them from ``.grad``.
+        sparsity: fraction of the units to prune, in [0, 1).
+        threshold: prune every unit with a score below it. Exactly one of the two is given.
+
+    Returns:
+        bool masks by parameter name, True = alive.
+
+    Raises:
+        TypeError, ValueError: as for :class:`Pruner`; a missing gradient; NaN or Inf scores.
+            Nothing is changed then.
+
+    Equivalent to (Magnitude, Element, scope "layer"):
+        ``w.view(-1)[w.abs().view(-1).argsort(stable=True)[:round(sparsity * w.numel())]] = 0``
+    """
+    if (sparsity is None) == (threshold is None):
+        raise ValueError(
+            f"expected one of sparsity and threshold, got sparsity={sparsity}, "
+            f"threshold={threshold}"
+        )
+    _check_policy(criterion, scope)
+    if threshold is not None:
+        target = Target(threshold=Threshold(threshold).epsilon)
+    else:
+        target = Target(sparsity=OneShot(sparsity or 0.0).sparsity)
+    layers, _ = find_layers(model, granularity, include, exclude)
+    choice = choose(
+        layers,
+        criterion,
+        granularity,
+        target,
+        scope,
+        0,
+        lambda layer: criterion.given_state(layer.name, {}, {}),
+    )
+    for layer, units in zip(layers, choice.unit_bits, strict=True):
+        layer.set_units(units)
+    ops.mask_([layer.parameter for layer in layers], [layer.bits for layer in layers])
+    return {layer.name: layer.mask for layer in layers}

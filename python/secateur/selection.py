@@ -1,0 +1,192 @@
+"""Which units live on: criterion, granularity, scope and target brought together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from secateur import ops
+from secateur.criteria import Criterion
+from secateur.granularity import Granularity
+from secateur.layers import Layer
+from secateur.schedules import Target
+from secateur.scope import share_out
+
+__all__ = ["Choice", "choose", "measured", "normalizer"]
+
+GivenState = Callable[[Layer], "tuple[Tensor, float] | None"]
+"""A score that comes from elsewhere, with the number to divide it by (Criterion.given_state)."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a target selects, layer by layer.
+
+    Attributes:
+        unit_bits: packed masks of the units that live on.
+        floor_held: whether a layer would have lost every unit, and so keeps its best one.
+    """
+
+    unit_bits: list[Tensor]
+    floor_held: list[bool]
+
+
+def measured(criterion: Criterion, layer: Layer) -> tuple[Tensor, Tensor | None]:
+    """The weight and gradient that the criterion's formula works on."""
+    weight, grad = layer.parameter.detach(), None
+    if criterion.needs_gradient:
+        grad = layer.parameter.grad
+        if grad is None:
+            raise ValueError(
+                f"expected {layer.name!r} to have a gradient when it is scored, got None: step "
+                "after backward() and before zero_grad(), and exclude parameters that the loss "
+                "does not reach"
+            )
+    if criterion.formula == "given":
+        return criterion.measure(weight, grad), None
+    return weight, grad
+
+
+def normalizer(criterion: Criterion, layer: Layer) -> float:
+    """Sum of |w|, in the fixed order of the score kernel, so that every machine gets the same."""
+    if not criterion.normalized:
+        return 1.0
+    rows, cols = layer.matrix
+    weight = layer.parameter.detach()
+    sums = ops.score(weight, formula="magnitude", block=(1, cols), reduce="sum")
+    total = ops.score(sums, formula="magnitude", block=(rows, 1), reduce="sum").item()
+    return total if total > 0 else 1.0  # an all-zero layer: p = 0 whatever the sum
+
+
+class _Candidates:
+    """The units that live, with all that is needed to score them."""
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        criterion: Criterion,
+        granularity: Granularity,
+        step: int,
+        given_state: GivenState,
+    ) -> None:
+        self.layers = layers
+        self.step = step
+        self.largest = criterion.keep == "largest"
+        elementwise = all(layer.block == (1, 1) for layer in layers)
+        self.formula = criterion.formula if elementwise else "given"
+        self.arguments: list[dict[str, Any]] = []
+        for index, layer in enumerate(layers):
+            state, divisor = given_state(layer) or (layer.state, 1.0)
+            if state is None:
+                weight, grad = measured(criterion, layer)
+                divisor = normalizer(criterion, layer)
+            else:
+                weight, grad = layer.parameter.detach(), None
+                if state.shape != layer.shape:
+                    raise ValueError(
+                        f"expected a given score of shape {tuple(layer.shape)} for "
+                        f"{layer.name!r}, got {tuple(state.shape)}"
+                    )
+                state = state.to(weight.device, layer.score_dtype)
+            arguments: dict[str, Any] = {
+                "weight": weight,
+                "grad": grad,
+                "state": state,
+                "normalizer": divisor,
+                "seed": criterion.seed_of(step, index),
+            }
+            if not elementwise:  # one score a unit: small enough to be written out
+                scores = ops.score(
+                    **arguments,
+                    formula=criterion.formula,
+                    block=layer.block,
+                    reduce=granularity.reduction,
+                )
+                arguments = {"weight": scores}
+            self.arguments.append(arguments)
+
+    def select(self, members: Sequence[int], **limit: Any) -> list[Tensor]:
+        """Packed masks of the units of ``members`` that live on (``ops.select``)."""
+
+        def column(name: str) -> list[Any] | None:
+            values = [self.arguments[i].get(name) for i in members]
+            return None if values[0] is None else values
+
+        try:
+            return ops.select(
+                [self.arguments[i]["weight"] for i in members],
+                column("grad"),
+                column("state"),
+                formula=self.formula,
+                alive=[self.layers[i].unit_bits for i in members],
+                largest=self.largest,
+                normalizers=column("normalizer"),
+                seeds=column("seed"),
+                **limit,
+            )
+        except ops.NonFiniteScoreError as error:
+            name = self.layers[members[error.index]].name
+            raise ValueError(
+                f"expected finite scores, got NaN or Inf in {name!r} at step {self.step}: the run "
+                "has diverged, nothing was pruned"
+            ) from error
+
+    def keep_best(self, members: Sequence[int], keep: int) -> tuple[dict[int, Tensor], set[int]]:
+        """The ``keep`` best units over ``members``, but at least the best one of each.
+
+        Returns:
+            Packed masks by layer index, and the layers that live by that floor alone.
+        """
+        chosen: dict[int, Tensor] = {}
+        floored: set[int] = set()
+        free = list(members)
+        while free:
+            # A layer that would lose everything keeps its best unit at the cost of the others.
+            room = max(keep - len(floored), len(free))
+            chosen.update(zip(free, self.select(free, keep=room), strict=True))
+            emptied = [i for i in free if not chosen[i].any()]
+            for i in emptied:
+                (chosen[i],) = self.select([i], keep=1)
+            floored.update(emptied)
+            free = [i for i in free if i not in floored] if emptied else []
+        return chosen, floored
+
+
+def choose(
+    layers: Sequence[Layer],
+    criterion: Criterion,
+    granularity: Granularity,
+    target: Target,
+    scope: str,
+    step: int,
+    given_state: GivenState,
+) -> Choice:
+    """Score the units that live and select those that live on. Changes nothing.
+
+    A sparsity s leaves ``n - round(s * n)`` of the n units of each share of the scope, dead ones
+    counted; where fewer live already, all of them live on. Every layer keeps its best unit.
+
+    Raises:
+        ValueError: a missing gradient, or a score of a living unit that is NaN or Inf.
+    """
+    candidates = _Candidates(layers, criterion, granularity, step, given_state)
+    bits = {i: layer.unit_bits for i, layer in enumerate(layers)}
+    floored: set[int] = set()
+    if target.threshold is not None:
+        for i in bits:
+            (bits[i],) = candidates.select([i], threshold=target.threshold)
+            if not bits[i].any():
+                (bits[i],) = candidates.select([i], keep=1)
+                floored.add(i)
+    else:
+        units = [layer.units for layer in layers]
+        for members, dead in share_out(scope, target.sparsity or 0.0, units):
+            keep = sum(units[i] for i in members) - dead
+            if keep < sum(layers[i].alive_units for i in members):
+                chosen, emptied = candidates.keep_best(members, keep)
+                bits.update(chosen)
+                floored |= emptied
+    return Choice([bits[i] for i in range(len(layers))], [i in floored for i in range(len(layers))])

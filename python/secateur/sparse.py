@@ -1,0 +1,196 @@
+"""BlockSparse: a weight matrix of which only the live blocks are stored."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from secateur.ops.block_sparse import Pattern, check_dtype
+
+__all__ = ["BlockSparse", "Pattern"]
+
+
+class BlockSparse:
+    """A matrix ``(out_features, in_features)`` cut into equal blocks, only some of them stored.
+
+    Blocks that stick out over the edge are stored whole. What lies outside of the matrix is zero
+    when :meth:`from_dense` made it, and never used.
+
+    Args:
+        values: ``(n_blocks, rows, cols)``, the live blocks in row order; float32, bfloat16,
+            float16 or float64.
+        pattern: where the blocks lie.
+        shape: ``(out_features, in_features)``.
+
+    Raises:
+        TypeError: ``values`` are not of a supported dtype.
+        ValueError: ``values``, ``pattern`` and ``shape`` do not fit, or devices differ.
+    """
+
+    __slots__ = ("pattern", "shape", "values")
+
+    values: Tensor
+    pattern: Pattern
+    shape: tuple[int, int]
+
+    def __init__(self, values: Tensor, pattern: Pattern, shape: tuple[int, int]) -> None:
+        check_dtype("values", values)
+        n_blocks = pattern.col.shape[0]
+        if values.dim() != 3 or values.shape[0] != n_blocks or 0 in values.shape[1:]:
+            raise ValueError(
+                f"expected values of shape ({n_blocks}, rows, cols), got {tuple(values.shape)}"
+            )
+        _, rows, cols = values.shape
+        grid = (pattern.row_ptr.shape[0] - 1, pattern.col_ptr.shape[0] - 1)
+        expected = _grid(shape, (rows, cols))
+        if grid != expected:
+            raise ValueError(
+                f"expected a pattern of {expected[0]} x {expected[1]} blocks for shape {shape} in "
+                f"blocks of {rows} x {cols}, got {grid[0]} x {grid[1]}"
+            )
+        if values.device != pattern.col.device:
+            raise ValueError(
+                f"expected values on {pattern.col.device}, as the pattern, got {values.device}"
+            )
+        self.values = values
+        self.pattern = pattern
+        self.shape = (shape[0], shape[1])
+
+    @classmethod
+    def from_dense(
+        cls, weight: Tensor, block: int | tuple[int, int], mask: Tensor | None = None
+    ) -> BlockSparse:
+        """Gather the live blocks of a dense matrix; differentiable in ``weight``.
+
+        Args:
+            weight: ``(out_features, in_features)``; float32, bfloat16, float16 or float64; any
+                strides.
+            block: block size, an int or (rows, cols).
+            mask: bool ``(ceil(out_features / rows), ceil(in_features / cols))``, True = live; None
+                keeps every block that has a non-zero (NaN is one).
+
+        Raises:
+            TypeError: ``weight`` is not floating point, ``mask`` is not bool, or ``block`` is no
+                int or pair of ints.
+            ValueError: ``weight`` is not 2-D, a block size is below 1, ``mask`` has another shape,
+                or devices differ.
+
+        Equivalent to:
+            ``blocks[mask]`` where blocks is the padded weight viewed as (block_rows, block_cols,
+            rows, cols)
+        """
+        rows, cols = _block_size(block)
+        check_dtype("weight", weight)
+        if weight.dim() != 2:
+            raise ValueError(
+                f"expected weight to have 2 dimensions, got shape {tuple(weight.shape)}"
+            )
+        shape = (weight.shape[0], weight.shape[1])
+        grid = _grid(shape, (rows, cols))
+        if mask is not None:
+            if mask.dtype != torch.bool:
+                raise TypeError(f"expected mask to be torch.bool, got {mask.dtype}")
+            if mask.shape != grid:
+                raise ValueError(
+                    f"expected mask of shape {grid} for weight {shape} in blocks of {rows} x "
+                    f"{cols}, got {tuple(mask.shape)}"
+                )
+            if mask.device != weight.device:
+                raise ValueError(f"expected mask on {weight.device}, as weight, got {mask.device}")
+        if shape[0] % rows or shape[1] % cols:
+            weight = torch.nn.functional.pad(weight, (0, -shape[1] % cols, 0, -shape[0] % rows))
+        blocks = weight.view(grid[0], rows, grid[1], cols).transpose(1, 2)
+        if mask is None:
+            mask = (blocks.detach() != 0).flatten(2).any(2)
+        pattern = Pattern.from_mask(mask)
+        return cls(blocks[pattern.row_of, pattern.col], pattern, shape)
+
+    def with_values(self, values: Tensor) -> BlockSparse:
+        """The same pattern, which is shared, with other values.
+
+        Raises:
+            TypeError: ``values`` are not of a supported dtype.
+            ValueError: ``values`` are not of the shape of ``self.values``, or on another device.
+        """
+        if values.shape != self.values.shape:
+            raise ValueError(
+                f"expected values of shape {tuple(self.values.shape)}, got {tuple(values.shape)}"
+            )
+        return BlockSparse(values, self.pattern, self.shape)
+
+    def to_dense(self) -> Tensor:
+        """The dense matrix, contiguous; differentiable in ``values``."""
+        (n, k), (rows, cols) = self.shape, self.block
+        block_rows, block_cols = _grid(self.shape, self.block)
+        blocks = self.values.new_zeros((block_rows, block_cols, rows, cols))
+        blocks = blocks.index_put((self.pattern.row_of, self.pattern.col), self.values)
+        dense = blocks.transpose(1, 2).reshape(block_rows * rows, block_cols * cols)
+        return dense[:n, :k].contiguous()
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> BlockSparse:
+        """The same matrix on another device or in another dtype; differentiable."""
+        return BlockSparse(
+            self.values.to(device=device, dtype=dtype),
+            self.pattern if device is None else self.pattern.to(device),
+            self.shape,
+        )
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """(rows, cols) of a block."""
+        return (self.values.shape[1], self.values.shape[2])
+
+    @property
+    def row_index(self) -> Tensor:
+        """int32 ``(n_blocks,)``: the block row of each block."""
+        return self.pattern.row_of
+
+    @property
+    def col_index(self) -> Tensor:
+        """int32 ``(n_blocks,)``: the block column of each block."""
+        return self.pattern.col
+
+    @property
+    def density(self) -> float:
+        """Stored entries that lie inside of the matrix, over all its entries; 0 if it has none."""
+        (n, k), (rows, cols) = self.shape, self.block
+        if n * k == 0:
+            return 0.0
+        heights = (n - self.row_index.long() * rows).clamp(max=rows)
+        widths = (k - self.col_index.long() * cols).clamp(max=cols)
+        return int((heights * widths).sum()) / (n * k)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    def __repr__(self) -> str:
+        rows, cols = self.block
+        return (
+            f"BlockSparse({self.shape[0]} x {self.shape[1]}, blocks of {rows} x {cols}, "
+            f"{self.values.shape[0]} live, density {self.density:.3g}, "
+            f"{str(self.dtype).removeprefix('torch.')}, {self.device})"
+        )
+
+
+def _block_size(block: int | tuple[int, int]) -> tuple[int, int]:
+    pair = (block, block) if isinstance(block, int) else block
+    if not (
+        isinstance(pair, (tuple, list))
+        and len(pair) == 2
+        and all(isinstance(b, int) and not isinstance(b, bool) for b in pair)
+    ):
+        raise TypeError(f"expected block to be an int or (rows, cols), got {block!r}")
+    if min(pair) < 1:
+        raise ValueError(f"expected block sizes of at least 1, got {block!r}")
+    return (pair[0], pair[1])
+
+
+def _grid(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
+    return (-(-shape[0] // block[0]), -(-shape[1] // block[1]))

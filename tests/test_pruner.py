@@ -1,0 +1,731 @@
+"""Pruning inside a training loop, against plain PyTorch written out."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import secateur
+from secateur import Block, Cubic, Element, OneShot, Pruner, Taylor, Threshold
+
+
+def make_model(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Linear(20, 48),
+        nn.LayerNorm(48),
+        nn.ReLU(),
+        nn.Linear(48, 40),
+        nn.ReLU(),
+        nn.Linear(40, 4),
+    )
+
+
+def batches(count: int, seed: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        x = torch.randn(16, 20, generator=generator)
+        yield x, torch.randn(16, 4, generator=generator)
+
+
+def backward(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    loss = nn.functional.mse_loss(model(batch[0]), batch[1])
+    loss.backward()
+    return loss
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, count: int, seed: int = 1) -> None:
+    for batch in batches(count, seed):
+        backward(model, batch)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def adamw(model: nn.Module) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=1e-2),
+    "momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, weight_decay=1e-2),
+    "nesterov": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, nesterov=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=1e-2, weight_decay=1e-2),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
+    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, fused=True),
+    "amsgrad": lambda p: torch.optim.AdamW(p, lr=1e-2, amsgrad=True, foreach=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9, centered=True),
+    "rprop": lambda p: torch.optim.Rprop(p, lr=1e-2),
+    "asgd": lambda p: torch.optim.ASGD(p, lr=1e-2, t0=3),
+}
+GRANULARITIES = [Element(), Block(8), Block(4, 16, reduce="max"), Block(5, 7, reduce="l2")]
+CRITERIA = [
+    secateur.Magnitude(),
+    secateur.Gradient(),
+    secateur.Taylor(),
+    secateur.Taylor(squared=True, ema=0.5),
+    secateur.HessianDiagonal(),
+    secateur.OBD(),
+    secateur.OBD(hessian="adam"),
+    secateur.Entropy(),
+    secateur.Movement(),
+    secateur.Random(seed=3),
+    secateur.Magnitude(keep="smallest"),
+]
+
+
+def check_dead_are_zero(pruner: Pruner, optimizer: torch.optim.Optimizer) -> None:
+    for layer in pruner.layers:
+        dead = ~layer.mask
+        assert torch.all(layer.parameter[dead] == 0), layer.name
+        for key, value in optimizer.state[layer.parameter].items():
+            if isinstance(value, Tensor) and value.shape == layer.shape and key != "step_size":
+                assert torch.all(value[dead] == 0), (layer.name, key)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=repr)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_loop_ends_at_the_exact_target(name: str, granularity: secateur.Granularity) -> None:
+    model = make_model()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    schedule = Cubic(0.75, begin=2, end=20, every=4)
+    pruner = Pruner(
+        model, optimizer, criterion=Taylor(), granularity=granularity, schedule=schedule
+    )
+    train(model, optimizer, 30)
+    units = sum(layer.units for layer in pruner.layers)
+    assert sum(layer.alive_units for layer in pruner.layers) == units - round(0.75 * units)
+    assert not any(layer.floor_held for layer in pruner.layers)
+    check_dead_are_zero(pruner, optimizer)
+    for layer_name, mask in pruner.masks.items():
+        weight = model.get_parameter(layer_name)
+        assert mask.shape == weight.shape
+        assert mask.dtype == torch.bool
+        assert torch.all(weight[mask] != 0)
+    alive = sum(int(m.sum()) for m in pruner.masks.values())
+    assert pruner.sparsity() == 1 - alive / sum(m.numel() for m in pruner.masks.values())
+
+
+@pytest.mark.parametrize("criterion", CRITERIA, ids=repr)
+@pytest.mark.parametrize("granularity", GRANULARITIES[:2], ids=repr)
+def test_masks_are_nested_as_sparsity_grows(
+    criterion: secateur.Criterion, granularity: secateur.Granularity
+) -> None:
+    model = make_model()
+    optimizer = adamw(model)
+    schedule = secateur.Linear(0.8, begin=1, end=21, every=5)
+    pruner = Pruner(
+        model, optimizer, criterion=criterion, granularity=granularity, schedule=schedule
+    )
+    before, alive = pruner.masks, []
+    for batch in batches(22):
+        backward(model, batch)
+        optimizer.step()
+        optimizer.zero_grad()
+        after = pruner.masks
+        for name, mask in after.items():
+            assert not torch.any(mask & ~before[name])
+        before = after
+        alive.append(sum(int(m.sum()) for m in after.values()))
+    assert len(set(alive)) == 5
+    check_dead_are_zero(pruner, optimizer)
+
+
+def unit_scores(scores: Tensor, granularity: secateur.Granularity) -> Tensor:
+    """Scores of units, written out one by one."""
+    rows, cols = granularity.block(*scores.shape)
+    reduce = {
+        "mean": lambda t: t.mean(),
+        "max": lambda t: t.max(),
+        "l2": lambda t: t.square().sum().sqrt(),
+    }[granularity.reduction]
+    return torch.stack(
+        [
+            torch.stack([reduce(part) for part in strip.split(cols, 1)])
+            for strip in scores.split(rows, 0)
+        ]
+    )
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=repr)
+def test_one_shot_prunes_the_lowest_scores(granularity: secateur.Granularity, scope: str) -> None:
+    model = make_model().double()  # float64: no two scores tie, no rounding decides
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    pruner = Pruner(
+        model,
+        optimizer,
+        criterion=Taylor(),
+        granularity=granularity,
+        schedule=OneShot(0.6),
+        scope=scope,
+    )
+    x, y = next(batches(1))
+    backward(model, (x.double(), y.double()))
+    scores = {
+        layer.name: unit_scores((layer.parameter.grad * layer.parameter).abs(), granularity)
+        for layer in pruner.layers
+    }
+    optimizer.step()
+    groups = [list(scores)] if scope == "global" else [[name] for name in scores]
+    for names in groups:
+        pooled = torch.cat([scores[name].flatten() for name in names]).sort().values
+        worst_alive = pooled[round(0.6 * pooled.numel())]
+        for name in names:
+            layer = next(layer for layer in pruner.layers if layer.name == name)
+            assert torch.equal(pruner.masks[name], layer.expand(scores[name] >= worst_alive))
+
+
+@pytest.mark.parametrize("permanent", [True, False])
+def test_threshold_is_gradient_pruning(permanent: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    epsilon = 2e-3
+    pruner = Pruner(
+        model,
+        optimizer,
+        criterion=Taylor(),
+        granularity=Element(),
+        schedule=Threshold(epsilon, permanent=permanent),
+    )
+    twin = model.weight.detach().clone()
+    dead = torch.zeros_like(twin, dtype=torch.bool)
+    some = False
+    for x, y in batches(40):
+        backward(model, (x[:, :4].double(), y[:, :3].double()))
+        residual = x[:, :4].double() @ twin.T + model.bias.detach() - y[:, :3].double()
+        grad = 2 * residual.T @ x[:, :4].double() / residual.numel()
+        low = (grad * twin).abs() < epsilon
+        if permanent:
+            dead |= low
+            grad = grad.masked_fill(dead, 0)
+        some |= bool(low.any())
+        twin = twin.masked_fill(low, 0) - 0.1 * grad
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.testing.assert_close(model.weight.detach(), twin)
+        assert torch.equal(pruner.masks["weight"], ~dead)
+    assert some
+
+
+def test_each_layer_keeps_its_best_unit() -> None:
+    model = make_model()
+    with torch.no_grad():
+        model[3].weight.mul_(1e-6)  # the weakest layer would lose everything
+    optimizer = adamw(model)
+    pruner = Pruner(
+        model,
+        optimizer,
+        criterion=secateur.Magnitude(),
+        granularity=Element(),
+        schedule=OneShot(0.9),
+    )
+    best = int(model[3].weight.detach().abs().argmax())
+    train(model, optimizer, 1)
+    assert [layer.floor_held for layer in pruner.layers] == [False, True, False]
+    assert pruner.masks["3.weight"].flatten().nonzero().tolist() == [[best]]
+    total = sum(layer.units for layer in pruner.layers)
+    assert sum(layer.alive for layer in pruner.layers) == total - round(0.9 * total)
+    assert "kept its best unit" in repr(pruner)
+    train(model, optimizer, 3)
+    assert pruner.layers[1].floor_held
+
+
+def test_floor_outranks_the_target() -> None:
+    model = make_model()
+    pruner_masks = secateur.prune_(model, secateur.Magnitude(), Block(64), sparsity=0.9)
+    assert all(mask.all() for mask in pruner_masks.values())  # one block a layer: nothing to lose
+    masks = secateur.prune_(model, secateur.Magnitude(), Element(), threshold=1e9)
+    assert [int(mask.sum()) for mask in masks.values()] == [1, 1, 1]
+
+
+def test_ema_follows_its_definition() -> None:
+    model = make_model().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    pruner = Pruner(
+        model,
+        optimizer,
+        criterion=Taylor(ema=0.8),
+        granularity=Element(),
+        schedule=OneShot(0.5, at=4),
+    )
+    expected: dict[str, Tensor] = {}
+    for i, (x, y) in enumerate(batches(5)):
+        for part in (slice(0, 8), slice(8, 16)):  # micro-batches: the step sees their sum
+            backward(model, (x[part].double(), y[part].double()))
+        for layer in pruner.layers:
+            score = (layer.parameter.grad * layer.parameter).abs().detach()
+            expected[layer.name] = score if i == 0 else 0.8 * expected[layer.name] + 0.2 * score
+        optimizer.step()
+        optimizer.zero_grad()
+    pooled = torch.cat([t.flatten() for t in expected.values()]).sort().values
+    worst_alive = pooled[round(0.5 * pooled.numel())]
+    for layer in pruner.layers:
+        torch.testing.assert_close(layer.state, expected[layer.name])
+        assert torch.equal(layer.mask, expected[layer.name] >= worst_alive)
+
+
+def test_obd_takes_adams_second_moment() -> None:
+    model = make_model().double()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    pruner = Pruner(
+        model,
+        optimizer,
+        criterion=secateur.OBD(hessian="adam"),
+        granularity=Element(),
+        schedule=Threshold(1e-7, begin=3, end=3),
+    )
+    for i, (x, y) in enumerate(batches(4)):
+        backward(model, (x.double(), y.double()))
+        if i == 3:
+            alive = {
+                layer.name: optimizer.state[layer.parameter]["exp_avg_sq"]
+                / (1 - 0.999**3)
+                * layer.parameter.detach() ** 2
+                / 2
+                >= 1e-7
+                for layer in pruner.layers
+            }
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, mask in pruner.masks.items():
+        assert 0 < mask.sum() < mask.numel()
+        assert torch.equal(mask, alive[name])
+
+
+def test_obd_takes_a_given_hessian() -> None:
+    model = make_model().double()
+    x, y = next(batches(1))
+    loss = nn.functional.mse_loss(model(x.double()), y.double())
+    hessian = secateur.hutchinson_diagonal(loss, dict(model.named_parameters()), samples=4)
+    masks = secateur.prune_(
+        model, secateur.OBD(hessian=hessian), Element(), sparsity=0.3, scope="layer"
+    )
+    assert all(int(m.sum()) == m.numel() - round(0.3 * m.numel()) for m in masks.values())
+    with pytest.raises(ValueError, match=r"hessian to hold '0.weight', got \[\]"):
+        secateur.prune_(model, secateur.OBD(hessian={}), Element(), sparsity=0.3)
+    wrong = {name: h[:1] for name, h in hessian.items()}
+    with pytest.raises(ValueError, match=r"shape \(48, 20\) for '0.weight', got \(1, 20\)"):
+        secateur.prune_(model, secateur.OBD(hessian=wrong), Element(), sparsity=0.3)
+
+
+def test_hutchinson_is_exact_for_a_diagonal_hessian() -> None:
+    w = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64, requires_grad=True)
+    unused = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    loss = (w**4).sum() / 12 + unused.sum()
+    diagonal, zero = secateur.hutchinson_diagonal(loss, [w, unused], samples=1)
+    torch.testing.assert_close(diagonal, w.detach() ** 2)
+    assert torch.equal(zero, torch.zeros(2, dtype=torch.float64))
+
+
+def test_hutchinson_converges() -> None:
+    a = torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    a = a @ a.T
+    w = torch.zeros(6, dtype=torch.float64, requires_grad=True)
+    (diagonal,) = secateur.hutchinson_diagonal(
+        w @ a @ w / 2, [w], samples=3000, generator=torch.Generator().manual_seed(0)
+    )
+    # The estimate's standard deviation is the norm of the row's other entries / sqrt(samples).
+    sigma = (a.square().sum(1) - a.diagonal().square()).sqrt() / 3000**0.5
+    assert torch.all((diagonal - a.diagonal()).abs() < 4 * sigma)
+
+
+class Doubled(secateur.Criterion):
+    """A user's criterion: one class, plain PyTorch."""
+
+    def measure(self, weight: Tensor, grad: Tensor | None) -> Tensor:
+        return 2 * weight.abs()
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=repr)
+def test_a_criterion_in_plain_pytorch(granularity: secateur.Granularity) -> None:
+    ours, theirs = make_model(), make_model()
+    masks = secateur.prune_(ours, Doubled(), granularity, sparsity=0.5)
+    expected = secateur.prune_(theirs, secateur.Magnitude(), granularity, sparsity=0.5)
+    assert all(torch.equal(masks[name], expected[name]) for name in expected)
+
+
+def test_prune_in_place_changes_only_the_dead() -> None:
+    model = make_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    masks = secateur.prune_(model, secateur.Magnitude(), Element(), sparsity=0.5)
+    assert set(masks) == {"0.weight", "3.weight", "5.weight"}
+    for name, p in model.named_parameters():
+        expected = before[name] * masks[name] if name in masks else before[name]
+        assert torch.equal(p.detach(), expected)
+
+
+def test_gradients_of_the_dead_are_zero_before_clipping() -> None:
+    model = make_model()
+    optimizer = adamw(model)
+    pruner = Pruner(
+        model, optimizer, criterion=Taylor(), granularity=Element(), schedule=OneShot(0.5)
+    )
+    train(model, optimizer, 1)
+    backward(model, next(batches(1)))
+    for layer in pruner.layers:
+        assert torch.all(layer.parameter.grad[~layer.mask] == 0)
+        assert torch.any(layer.parameter.grad != 0)
+
+
+def test_closure_is_scored_after_it_ran() -> None:
+    ours, theirs = make_model(), make_model()
+    for model, closure in ((ours, True), (theirs, False)):
+        optimizer = adamw(model)
+        Pruner(
+            model,
+            optimizer,
+            criterion=Taylor(),
+            granularity=Element(),
+            schedule=Cubic(0.5, begin=0, end=4),
+        )
+        for batch in batches(6):
+            optimizer.zero_grad()
+            if closure:
+                optimizer.step(lambda m=model, b=batch: backward(m, b))
+            else:
+                backward(model, batch)
+                optimizer.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_hand_rolled_update() -> None:
+    model = make_model()
+    pruner = Pruner(
+        model,
+        None,
+        criterion=Taylor(),
+        granularity=Block(8),
+        schedule=secateur.Linear(0.5, begin=0, end=4),
+    )
+    for batch in batches(8):
+        model.zero_grad()
+        backward(model, batch)
+        with pruner.update(), torch.no_grad():
+            for p in model.parameters():
+                p.sub_(0.01 * p.grad + 0.01)  # moves dead weights as well
+    for layer in pruner.layers:
+        assert torch.all(layer.parameter[~layer.mask] == 0)
+    units = sum(layer.units for layer in pruner.layers)
+    assert sum(layer.alive_units for layer in pruner.layers) == units - round(0.5 * units)
+
+
+def test_update_is_refused_beside_an_optimizer() -> None:
+    model = make_model()
+    pruner = Pruner(
+        model, adamw(model), criterion=Taylor(), granularity=Element(), schedule=OneShot(0.5)
+    )
+    with pytest.raises(RuntimeError, match="got a pruner whose AdamW drives the schedule"):
+        pruner.update().__enter__()
+
+
+def test_remove_detaches() -> None:
+    model = make_model()
+    optimizer = adamw(model)
+    pruner = Pruner(
+        model,
+        optimizer,
+        criterion=Taylor(),
+        granularity=Element(),
+        schedule=Cubic(0.9, begin=0, end=50),
+    )
+    train(model, optimizer, 5)
+    pruner.remove()
+    pruner.remove()
+    reached = pruner.sparsity()
+    train(model, optimizer, 5)
+    assert pruner.sparsity() == reached
+    assert any(torch.any(layer.parameter[~layer.mask] != 0) for layer in pruner.layers)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES[:2], ids=repr)
+@pytest.mark.parametrize("criterion", [Taylor(ema=0.9), secateur.Random()], ids=repr)
+def test_resumed_run_equals_uninterrupted_run(
+    criterion: secateur.Criterion, granularity: secateur.Granularity
+) -> None:
+    def start(seed: int) -> tuple[nn.Module, torch.optim.Optimizer, Pruner]:
+        model = make_model(seed)
+        optimizer = adamw(model)
+        schedule = Cubic(0.8, begin=0, end=20, every=3)
+        return (
+            model,
+            optimizer,
+            Pruner(
+                model, optimizer, criterion=criterion, granularity=granularity, schedule=schedule
+            ),
+        )
+
+    whole, optimizer, pruner = start(0)
+    train(whole, optimizer, 10, seed=1)
+    file = io.BytesIO()
+    torch.save([whole.state_dict(), optimizer.state_dict(), pruner.state_dict()], file)
+    train(whole, optimizer, 15, seed=2)
+
+    resumed, optimizer, again = start(7)
+    file.seek(0)
+    for part, state in zip(
+        (resumed, optimizer, again), torch.load(file, weights_only=True), strict=True
+    ):
+        part.load_state_dict(state)
+    train(resumed, optimizer, 15, seed=2)
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for name, mask in pruner.masks.items():
+        assert torch.equal(mask, again.masks[name])
+
+
+def test_state_that_does_not_fit_is_refused() -> None:
+    model = make_model()
+    settings = {"criterion": Taylor(), "granularity": Element(), "schedule": OneShot(0.5)}
+    pruner = Pruner(model, adamw(model), **settings)
+    state = pruner.state_dict()
+    before = pruner.masks
+    for change, match in [
+        ({"version": 2}, "version 1, got 2"),
+        ({"settings": {**state["settings"], "scope": "'layer'"}}, "scope='global', got 'layer'"),
+        ({"masks": {}}, r"masks of exactly \['0.weight', .*, got \[\]"),
+        ({"masks": {**state["masks"], "0.weight": torch.zeros(3, dtype=torch.uint8)}}, "120 bytes"),
+        ({"states": {"0.weight": torch.zeros(3)}}, r"\(48, 20\) for '0.weight', got \(3,\)"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            pruner.load_state_dict({**state, **change})
+    with pytest.raises(ValueError, match="expected the state of a Pruner"):
+        pruner.load_state_dict({})
+    assert all(torch.equal(before[name], mask) for name, mask in pruner.masks.items())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=repr)
+def test_a_diverged_run_is_not_pruned(bad: float, granularity: secateur.Granularity) -> None:
+    model = make_model()
+    optimizer = adamw(model)
+    pruner = Pruner(
+        model, optimizer, criterion=Taylor(), granularity=granularity, schedule=OneShot(0.5)
+    )
+    backward(model, next(batches(1)))
+    model[3].weight.grad[2, 3] = bad
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"NaN or Inf in '3.weight' at step 0"):
+        optimizer.step()
+    for old, p in zip(before, model.parameters(), strict=True):
+        assert torch.equal(old, p.detach())
+    assert pruner.sparsity() == 0
+
+
+class Net(nn.Module):
+    """Every kind of parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(10, 8)
+        self.conv = nn.Conv1d(8, 8, 3, padding=1)
+        self.norm = nn.LayerNorm((8, 6))
+        self.fc = nn.Linear(48, 8)
+        self.head = nn.Linear(8, 10, bias=False)
+        self.head.weight = self.embed.weight  # tied
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.norm(self.conv(self.embed(tokens).mT))
+        return self.head(self.fc(x.flatten(1)))
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "names"),
+    [
+        (None, None, ["conv.weight", "fc.weight"]),
+        (None, "conv", ["fc.weight"]),
+        (None, ["*.weight", "nothing*"], None),
+        ("fc", None, ["fc.weight"]),
+        ("fc.*", None, ["fc.weight", "fc.bias"]),
+        (["*.bias"], "norm*", ["conv.bias", "fc.bias"]),
+        ("embed.weight", None, ["embed.weight"]),
+        ("*", None, ["embed.weight", "conv.weight", "conv.bias", "norm.weight", "norm.bias"]),
+    ],
+)
+def test_include_and_exclude(
+    include: str | list[str] | None, exclude: str | list[str] | None, names: list[str] | None
+) -> None:
+    def make() -> Pruner:
+        return Pruner(
+            Net(),
+            None,
+            criterion=secateur.Magnitude(),
+            granularity=Element(),
+            schedule=OneShot(0.5),
+            include=include,
+            exclude=exclude,
+        )
+
+    if names is None:
+        with pytest.raises(ValueError, match=r"no match for \['nothing\*'\]"):
+            make()
+    else:
+        assert list(make().masks)[: len(names)] == names
+
+
+def test_every_kind_of_parameter_can_be_pruned() -> None:
+    model = Net()
+    optimizer = adamw(model)
+    pruner = Pruner(
+        model,
+        optimizer,
+        criterion=Taylor(),
+        granularity=Block(4, 3),
+        schedule=OneShot(0.5),
+        include="*",
+    )
+    model(torch.randint(10, (4, 6))).square().mean().backward()
+    optimizer.step()
+    check_dead_are_zero(pruner, optimizer)
+    units = sum(layer.units for layer in pruner.layers)
+    assert sum(layer.alive_units for layer in pruner.layers) == units - round(0.5 * units)
+
+
+def test_names_are_the_models_own() -> None:
+    model = make_model()
+    policy = {
+        "criterion": secateur.Magnitude(),
+        "granularity": Element(),
+        "schedule": OneShot(0.5),
+    }
+    expected = list(Pruner(model, None, **policy).masks)
+    for wrapped in (
+        nn.DataParallel(model),
+        torch.compile(model),
+        torch.compile(nn.DataParallel(model)),
+    ):
+        assert list(Pruner(wrapped, None, **policy).masks) == expected
+    inner = make_model()
+    inner[3] = torch.compile(inner[3])
+    assert list(Pruner(inner, None, **policy).masks) == expected
+
+
+def test_frozen_parameters_are_listed_and_refused_only_where_named() -> None:
+    model = make_model()
+    model[3].weight.requires_grad_(False)
+    pruner = Pruner(model, None, criterion=Taylor(), granularity=Element(), schedule=OneShot(0.5))
+    assert list(pruner.masks) == ["0.weight", "5.weight"]
+    assert pruner.skipped["3.weight"] == "frozen"
+    assert "3.weight (frozen)" in repr(pruner)
+    with pytest.raises(ValueError, match=r"got '3.weight' with requires_grad=False"):
+        Pruner(
+            model,
+            None,
+            criterion=Taylor(),
+            granularity=Element(),
+            schedule=OneShot(0.5),
+            include="3",
+        )
+
+
+def test_the_plan_is_printed_before_anything_happens() -> None:
+    model = make_model()
+    pruner = Pruner(
+        model,
+        adamw(model),
+        criterion=Taylor(),
+        granularity=Block(8),
+        schedule=Cubic(0.9, begin=5, end=10),
+        scope="layer",
+    )
+    plan = str(pruner)
+    for part in ("Taylor", "Block(rows=8", "Cubic(sparsity=0.9", "'layer'", "48x20", "18 of 8x8"):
+        assert part in plan
+    assert "1.weight (norm)" in plan
+
+
+def test_due_steps_with_nothing_to_do_are_counted() -> None:
+    model = make_model()
+    optimizer = adamw(model)
+    schedule = Threshold(1e-30, begin=0, end=2)
+    pruner = Pruner(
+        model, optimizer, criterion=secateur.Magnitude(), granularity=Element(), schedule=schedule
+    )
+    train(model, optimizer, 5)
+    assert pruner.idle_steps == 3
+    assert "3 due steps had nothing to do" in str(pruner)
+
+
+GOOD = {"criterion": Taylor(), "granularity": Element(), "schedule": OneShot(0.5)}
+
+
+@pytest.mark.parametrize(
+    ("model", "change", "error", "match"),
+    [
+        (make_model(), {"criterion": Taylor}, TypeError, "expected a criterion"),
+        (make_model(), {"granularity": 32}, TypeError, "expected a granularity .* got 32"),
+        (make_model(), {"schedule": 0.5}, TypeError, "expected a schedule .* got 0.5"),
+        (make_model(), {"scope": "local"}, ValueError, "got 'local'"),
+        (make_model(), {"include": "conv*"}, ValueError, r"no match for \['conv\*'\]"),
+        (make_model(), {"include": []}, TypeError, "name globs"),
+        (make_model(), {"exclude": "*"}, ValueError, "weights to prune, got none"),
+        (nn.Sequential(nn.ReLU()), {}, ValueError, "weights to prune, got none"),
+        (nn.LayerNorm(8), {}, ValueError, r"got none: weight \(norm\)"),
+        ("model", {}, TypeError, "torch.nn.Module, got str"),
+    ],
+)
+def test_bad_input_is_refused(
+    model: Any, change: dict[str, Any], error: type[Exception], match: str
+) -> None:
+    with pytest.raises(error, match=match):
+        Pruner(model, None, **{**GOOD, **change})
+
+
+def test_bad_optimizer_is_refused() -> None:
+    model = make_model()
+    with pytest.raises(ValueError, match=r"got one without \['0.weight', '3.weight', '5.weight'\]"):
+        Pruner(model, adamw(make_model()), **GOOD)
+    with pytest.raises(TypeError, match="Optimizer or None"):
+        Pruner(model, model.parameters(), **GOOD)  # type: ignore[arg-type]
+
+
+def test_missing_gradient_is_refused_and_changes_nothing() -> None:
+    model = make_model()
+    optimizer = adamw(model)
+    Pruner(model, optimizer, **GOOD)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"expected '0.weight' to have a gradient"):
+        optimizer.step()
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_replaced_parameters_are_noticed() -> None:
+    model = make_model()
+    optimizer = adamw(model)
+    Pruner(model, optimizer, **{**GOOD, "schedule": Cubic(0.9, begin=0, end=100)})
+    train(model, optimizer, 50)
+    secateur.sparsify(model, optimizer, block=1)
+    with pytest.raises(ValueError, match="they were replaced"):
+        train(model, optimizer, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"sparsity": 90}, ValueError, "got 90; for 90 % write 0.9"),
+        ({"sparsity": 0.5, "threshold": 0.1}, ValueError, "one of sparsity and threshold"),
+        ({}, ValueError, "got sparsity=None, threshold=None"),
+        ({"threshold": float("nan")}, ValueError, "got nan"),
+        ({"sparsity": 0.5, "scope": "x"}, ValueError, "got 'x'"),
+    ],
+)
+def test_bad_prune_is_refused(change: dict[str, Any], error: type[Exception], match: str) -> None:
+    model = make_model()
+    with pytest.raises(error, match=match):
+        secateur.prune_(model, secateur.Magnitude(), Element(), **change)
+    assert all(torch.all(p != 0) for p in model.parameters() if p.ndim == 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models(dtype: torch.dtype) -> None:
+    model = make_model().to(dtype)
+    masks = secateur.prune_(model, secateur.Magnitude(), Element(), sparsity=0.5)
+    total = sum(m.numel() for m in masks.values())
+    assert sum(int(m.sum()) for m in masks.values()) == total - round(0.5 * total)

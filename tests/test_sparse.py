@@ -1,0 +1,424 @@
+"""BlockSparse and its linear: laws, agreement with the masked dense product, bad input."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import linear
+
+from secateur import BlockSparse
+from secateur.ops import block_sparse_linear
+from secateur.sparse import Pattern
+
+BLOCKS = [1, 8, 16, 32, 64, 128, (32, 16), (1, 4), (4, 1), (16, 1), (3, 5), (128, 64)]
+# Against float64, relative to the largest magnitude; see TOLERANCE in test_ops.py.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def pair(block: int | tuple[int, int]) -> tuple[int, int]:
+    return (block, block) if isinstance(block, int) else block
+
+
+def random_mask(n: int, k: int, block: int | tuple[int, int], density: float) -> Tensor:
+    rows, cols = pair(block)
+    return torch.rand(-(-n // rows), -(-k // cols)) < density
+
+
+def dense_mask(mask: Tensor, n: int, k: int, block: int | tuple[int, int]) -> Tensor:
+    rows, cols = pair(block)
+    return mask.repeat_interleave(rows, 0).repeat_interleave(cols, 1)[:n, :k]
+
+
+def assert_close(actual: Tensor, expected: Tensor, what: str) -> None:
+    assert actual.shape == expected.shape, what
+    if expected.numel() == 0:
+        return
+    tolerance = TOLERANCE[actual.dtype]
+    scale = expected.abs().amax().item()
+    torch.testing.assert_close(
+        actual.double(),
+        expected.double(),
+        rtol=tolerance,
+        atol=tolerance * max(scale, 1e-30),
+        msg=lambda m: f"{what}: {m}",
+    )
+
+
+def check_against_dense(
+    m: int, n: int, k: int, block: int | tuple[int, int], density: float, dtype: torch.dtype
+) -> None:
+    x = torch.randn(m, k, dtype=dtype, requires_grad=True)
+    dense = torch.randn(n, k, dtype=dtype)
+    bias = torch.randn(n, dtype=dtype, requires_grad=True)
+    dy = torch.randn(m, n, dtype=dtype)
+    mask = random_mask(n, k, block, density)
+    alive = dense_mask(mask, n, k, block)
+
+    weight = BlockSparse.from_dense(dense, block, mask)
+    values = weight.values.requires_grad_()
+    y = block_sparse_linear(x, weight.with_values(values), bias)
+    got = torch.autograd.grad(y, (x, values, bias), dy)
+
+    x64 = x.detach().double().requires_grad_()
+    w64 = dense.double().mul(alive).requires_grad_()
+    b64 = bias.detach().double().requires_grad_()
+    expected_y = linear(x64, w64, b64)
+    expected = torch.autograd.grad(expected_y, (x64, w64, b64), dy.double())
+
+    assert y.dtype == dtype
+    assert_close(y, expected_y, "y")
+    assert_close(got[0], expected[0], "dx")
+    assert_close(weight.with_values(got[1]).to_dense(), expected[1] * alive, "dw")
+    assert_close(got[2], expected[2], "db")
+
+
+# ---------------------------------------------------------------- the container
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+@pytest.mark.parametrize("shape", [(256, 128), (70, 45), (1, 1), (0, 5), (5, 0)], ids=str)
+def test_round_trip(block: int | tuple[int, int], shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    dense = torch.randn(shape)
+    mask = random_mask(*shape, block, 0.5)
+    weight = BlockSparse.from_dense(dense, block, mask)
+    expected = dense * dense_mask(mask, *shape, block)
+    assert torch.equal(weight.to_dense(), expected)
+    assert weight.to_dense().is_contiguous()
+    assert weight.shape == shape
+    assert weight.block == pair(block)
+    assert torch.equal(weight.row_index.long(), mask.nonzero()[:, 0])
+    assert torch.equal(weight.col_index.long(), mask.nonzero()[:, 1])
+    alive = int(dense_mask(mask, *shape, block).sum())
+    assert weight.density == (alive / dense.numel() if dense.numel() else 0.0)
+    # The zeros of the result give the pattern back.
+    again = BlockSparse.from_dense(expected, block)
+    assert torch.equal(again.values, weight.values)
+    assert all(map(torch.equal, again.pattern.tensors(), weight.pattern.tensors()))
+
+
+def test_pattern() -> None:
+    mask = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 1]], dtype=torch.bool)
+    pattern = Pattern.from_mask(mask)
+    assert all(t.dtype == torch.int32 for t in pattern.tensors())
+    assert [t.tolist() for t in pattern.tensors()] == [
+        [0, 2, 2, 5],
+        [0, 2, 0, 1, 2],
+        [0, 0, 2, 2, 2],
+        [0, 2, 3, 5],
+        [0, 2, 2, 0, 2],
+        [0, 2, 3, 1, 4],
+    ]
+
+
+def test_from_dense_keeps_nan_and_follows_strides() -> None:
+    dense = torch.zeros(6, 8)
+    dense[5, 7] = float("nan")
+    weight = BlockSparse.from_dense(dense.t(), (4, 3))
+    assert weight.row_index.tolist() == [1]
+    assert weight.col_index.tolist() == [1]
+    assert weight.to_dense()[7, 5].isnan()
+
+
+def test_from_dense_and_to_dense_are_differentiable() -> None:
+    torch.manual_seed(0)
+    mask = random_mask(7, 9, (2, 4), 0.5)
+
+    def through(w: Tensor) -> Tensor:
+        return BlockSparse.from_dense(w, (2, 4), mask).to_dense()
+
+    w = torch.randn(7, 9, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(through, w)
+    assert torch.autograd.gradgradcheck(through, w)
+
+
+def test_with_values_shares_the_pattern() -> None:
+    weight = BlockSparse.from_dense(torch.randn(8, 8), 4)
+    other = weight.with_values(weight.values * 2)
+    assert other.pattern is weight.pattern
+    assert torch.equal(other.to_dense(), weight.to_dense() * 2)
+
+
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda w: pickle.loads(pickle.dumps(w))], ids=["deepcopy", "pickle"]
+)
+def test_survives_copies(clone: Callable[[BlockSparse], BlockSparse]) -> None:
+    weight = BlockSparse.from_dense(torch.randn(10, 7), (4, 2), random_mask(10, 7, (4, 2), 0.5))
+    again = clone(weight)
+    assert again.values is not weight.values
+    assert torch.equal(again.to_dense(), weight.to_dense())
+    assert again.block == weight.block
+
+
+def test_to_and_repr() -> None:
+    weight = BlockSparse.from_dense(torch.ones(8, 8), 4, torch.eye(2, dtype=torch.bool))
+    half = weight.to(dtype=torch.float16)
+    assert half.dtype == half.values.dtype == torch.float16
+    assert half.device == torch.device("cpu")
+    assert torch.equal(weight.to("cpu").to_dense(), weight.to_dense())
+    assert weight.to("meta").pattern.col.is_meta
+    expected = "BlockSparse(8 x 8, blocks of 4 x 4, 2 live, density 0.5, float32, cpu)"
+    assert repr(weight) == expected
+
+
+# ---------------------------------------------------------------- the product
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_equals_masked_dense(block: int | tuple[int, int], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    for m, n, k in ((130, 128, 256), (1, 130, 70), (8, 64, 128), (33, 61, 47), (16, 16, 32)):
+        check_against_dense(m, n, k, block, 0.4, dtype)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    m=st.integers(0, 140),
+    n=st.integers(0, 150),
+    k=st.integers(0, 150),
+    block=st.one_of(st.sampled_from(BLOCKS), st.tuples(st.integers(1, 40), st.integers(1, 40))),
+    density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    dtype=st.sampled_from(list(TOLERANCE)),
+)
+def test_equals_masked_dense_anywhere(
+    m: int, n: int, k: int, block: int | tuple[int, int], density: float, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(m * 1000 + n + k)
+    check_against_dense(m, n, k, block, density, dtype)
+
+
+def test_large_and_skewed() -> None:
+    torch.manual_seed(0)
+    n, k, block = 512, 640, 32
+    mask = torch.rand(n // block, k // block) < torch.linspace(1, 0, n // block)[:, None] ** 3
+    x = torch.randn(700, k)
+    weight = BlockSparse.from_dense(torch.randn(n, k), block, mask)
+    assert_close(block_sparse_linear(x, weight), x.double() @ weight.to_dense().double().t(), "y")
+
+
+@pytest.mark.parametrize("block", [1, (3, 5), 16, 32], ids=str)
+@pytest.mark.parametrize("m", [3, 40])
+def test_padding_never_leaks(block: int | tuple[int, int], m: int) -> None:
+    torch.manual_seed(0)
+    n, k = 37, 41
+    rows, cols = pair(block)
+    x, dy = torch.randn(m, k), torch.randn(m, n)
+    weight = BlockSparse.from_dense(torch.randn(n, k), block)
+    bad = torch.nn.functional.pad(weight.to_dense(), (0, -k % cols, 0, -n % rows), value=torch.nan)
+    bad = bad.view(-(-n // rows), rows, -(-k // cols), cols).transpose(1, 2)
+    values = bad[weight.row_index, weight.col_index].requires_grad_()
+    x.requires_grad_()
+    y = block_sparse_linear(x, weight.with_values(values))
+    dx, dw = torch.autograd.grad(y, (x, values), dy)
+    assert not y.isnan().any()
+    assert not dx.isnan().any()
+    assert (dw[values.isnan()] == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(5,), (0, 5), (2, 3, 5), (2, 0, 5), (1, 1, 1, 5)], ids=str)
+def test_batch_dimensions(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(shape, requires_grad=True)
+    weight = BlockSparse.from_dense(torch.randn(7, 5), (2, 2))
+    y = block_sparse_linear(x, weight)
+    torch.testing.assert_close(y, linear(x, weight.to_dense()))
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == shape
+
+
+def test_strided_input() -> None:
+    torch.manual_seed(0)
+    weight = BlockSparse.from_dense(torch.randn(32, 32), 16)
+    dense = weight.to_dense()
+    base = torch.randn(70, 3, 64)
+    views = {
+        "every other feature": base[:, 0, ::2],
+        "transposed": torch.randn(32, 70).t(),
+        "row stride": base[:, 1, :32],
+        "batch permuted": base[:, :, 32:].transpose(0, 1),
+        "expanded": torch.randn(1, 32).expand(40, 32),
+    }
+    for name, x in views.items():
+        assert_close(block_sparse_linear(x, weight), x.double() @ dense.double().t(), name)
+
+
+def test_zero_gradient_expanded() -> None:
+    """The gradient of a sum is one number expanded: stride 0."""
+    torch.manual_seed(0)
+    x = torch.randn(40, 32, requires_grad=True)
+    weight = BlockSparse.from_dense(torch.randn(48, 32), 16)
+    block_sparse_linear(x, weight).sum().backward()
+    torch.testing.assert_close(x.grad, weight.to_dense().sum(0).expand(40, 32))
+
+
+def test_autocast() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(20, 32, requires_grad=True)
+    bias = torch.randn(48, requires_grad=True)
+    weight = BlockSparse.from_dense(torch.randn(48, 32), 16)
+    values = weight.values.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = block_sparse_linear(x, weight.with_values(values), bias)
+        expected = linear(x, weight.to_dense(), bias)
+    assert y.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32
+    assert values.grad is not None
+    assert values.grad.dtype == torch.float32
+
+
+def test_second_derivatives_reach_everything() -> None:
+    """A Hessian-vector product, as Hutchinson's estimator takes it."""
+    torch.manual_seed(0)
+    x = torch.randn(5, 8, dtype=torch.float64)
+    weight = BlockSparse.from_dense(torch.randn(6, 8, dtype=torch.float64), 2, torch.eye(3, 4) > 0)
+    values = weight.values.requires_grad_()
+    alive = weight.with_values(torch.ones_like(values)).to_dense()
+
+    def product(y: Tensor, v: Tensor, z: Tensor) -> Tensor:
+        (g,) = torch.autograd.grad(y.pow(3).sum(), v, create_graph=True)
+        return torch.autograd.grad((g * z).sum(), v)[0]
+
+    z = torch.randn_like(values)
+    got = product(block_sparse_linear(x, weight.with_values(values)), values, z)
+    dense = weight.to_dense().detach().requires_grad_()
+    expected = product(linear(x, dense), dense, weight.with_values(z).to_dense()) * alive
+    torch.testing.assert_close(weight.with_values(got).to_dense(), expected)
+
+
+@pytest.mark.parametrize("block", [1, 16], ids=str)
+def test_compile_fullgraph(block: int) -> None:
+    torch.manual_seed(0)
+    weight = BlockSparse.from_dense(torch.randn(32, 48), block, random_mask(32, 48, block, 0.5))
+    values = weight.values.requires_grad_()
+    x = torch.randn(4, 5, 48, requires_grad=True)
+    bias = torch.randn(32, requires_grad=True)
+
+    def f(x: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+        return block_sparse_linear(x, weight.with_values(values), bias).relu()
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    y, expected = compiled(x, values, bias), f(x, values, bias)
+    torch.testing.assert_close(y, expected)
+    for a, b in zip(
+        torch.autograd.grad(y.sum(), (x, values, bias)),
+        torch.autograd.grad(expected.sum(), (x, values, bias)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+# ---------------------------------------------------------------- bad input
+
+W = torch.ones(4, 6)
+BAD_WEIGHTS = {
+    "block of 0": (lambda: BlockSparse.from_dense(W, 0), ValueError, "at least 1, got 0"),
+    "block of 3 sizes": (
+        lambda: BlockSparse.from_dense(W, (1, 2, 3)),  # type: ignore[arg-type]
+        TypeError,
+        r"int or \(rows, cols\), got \(1, 2, 3\)",
+    ),
+    "block of floats": (
+        lambda: BlockSparse.from_dense(W, 2.0),  # type: ignore[arg-type]
+        TypeError,
+        "got 2.0",
+    ),
+    "1-D weight": (lambda: BlockSparse.from_dense(W[0], 2), ValueError, r"2 dim.*got shape \(6,\)"),
+    "int weight": (lambda: BlockSparse.from_dense(W.int(), 2), TypeError, "got torch.int32"),
+    "mask of numbers": (
+        lambda: BlockSparse.from_dense(W, 2, torch.ones(2, 3)),
+        TypeError,
+        "torch.bool, got torch.float32",
+    ),
+    "mask of weights": (
+        lambda: BlockSparse.from_dense(W, 2, W > 0),
+        ValueError,
+        r"mask of shape \(2, 3\).*got \(4, 6\)",
+    ),
+    "mask elsewhere": (
+        lambda: BlockSparse.from_dense(W, 2, torch.ones(2, 3, dtype=torch.bool, device="meta")),
+        ValueError,
+        "mask on cpu.*got meta",
+    ),
+    "values of another shape": (
+        lambda: BlockSparse.from_dense(W, 2).with_values(torch.ones(5, 2, 2)),
+        ValueError,
+        r"\(6, 2, 2\), got \(5, 2, 2\)",
+    ),
+    "int values": (
+        lambda: BlockSparse.from_dense(W, 2).with_values(torch.ones(6, 2, 2).int()),
+        TypeError,
+        "got torch.int32",
+    ),
+    "values elsewhere": (
+        lambda: BlockSparse.from_dense(W, 2).with_values(torch.ones(6, 2, 2, device="meta")),
+        ValueError,
+        "values on cpu.*got meta",
+    ),
+    "pattern of another shape": (
+        lambda: BlockSparse(torch.ones(6, 2, 2), BlockSparse.from_dense(W, 2).pattern, (9, 9)),
+        ValueError,
+        "5 x 5 blocks.*got 2 x 3",
+    ),
+    "flat values": (
+        lambda: BlockSparse(torch.ones(24), BlockSparse.from_dense(W, 2).pattern, (4, 6)),
+        ValueError,
+        r"\(6, rows, cols\), got \(24,\)",
+    ),
+    "pattern of numbers": (lambda: Pattern.from_mask(W), TypeError, "torch.bool, got"),
+    "1-D pattern": (lambda: Pattern.from_mask(W[0] > 0), ValueError, "2 dimensions, got 1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_WEIGHTS, ids=str)
+def test_bad_weight(case: str) -> None:
+    call, error, message = BAD_WEIGHTS[case]
+    with pytest.raises(error, match=message):
+        call()
+
+
+SPARSE = BlockSparse.from_dense(W, 2)
+BAD_PRODUCTS = {
+    "dense weight": ((torch.ones(3, 6), W, None), TypeError, "BlockSparse.*got Tensor"),
+    "x too narrow": ((torch.ones(3, 5), SPARSE, None), ValueError, r"\(..., 6\).*got \(3, 5\)"),
+    "x a number": ((torch.ones(()), SPARSE, None), ValueError, r"got \(\)"),
+    "x of ints": ((torch.ones(3, 6).int(), SPARSE, None), TypeError, "got torch.int32"),
+    "x in double": (
+        (torch.ones(3, 6).double(), SPARSE, None),
+        TypeError,
+        "weight.values to be torch.float64, as x, got torch.float32",
+    ),
+    "x elsewhere": (
+        (torch.ones(3, 6, device="meta"), SPARSE, None),
+        ValueError,
+        "weight.values on meta, as x, got cpu",
+    ),
+    "bias too long": (
+        (torch.ones(3, 6), SPARSE, torch.ones(6)),
+        ValueError,
+        r"bias of shape \(4,\), got \(6,\)",
+    ),
+    "bias in half": (
+        (torch.ones(3, 6), SPARSE, torch.ones(4).half()),
+        TypeError,
+        "bias to be torch.float32, as x, got torch.float16",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PRODUCTS, ids=str)
+def test_bad_product(case: str) -> None:
+    args, error, message = BAD_PRODUCTS[case]
+    with pytest.raises(error, match=message):
+        block_sparse_linear(*args)
