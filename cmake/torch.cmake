@@ -2,12 +2,11 @@
 # with a CUDA wheel it aborts where no CUDA toolkit is installed.
 execute_process(
   COMMAND "${Python_EXECUTABLE}" -c
-    "import os, torch; print(os.path.dirname(torch.__file__), torch.__version__, torch.version.cuda or '', sep=';')"
+    "import os, torch; print(os.path.dirname(torch.__file__), torch.__version__, sep=';')"
   OUTPUT_VARIABLE _torch OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
 list(GET _torch 0 TORCH_ROOT)
 list(GET _torch 1 TORCH_VERSION)
-list(GET _torch 2 TORCH_CUDA)
-message(STATUS "torch ${TORCH_VERSION} (CUDA '${TORCH_CUDA}') at ${TORCH_ROOT}")
+message(STATUS "torch ${TORCH_VERSION} at ${TORCH_ROOT}")
 
 add_library(secateur_torch INTERFACE)
 add_library(secateur::torch ALIAS secateur_torch)

@@ -15,8 +15,6 @@ from tqdm import tqdm
 
 from secateur import report
 
-QUICK_STEPS = 60
-
 
 def whole(least: int, most: int = 10**9) -> Callable[[str], int]:
     """An argparse type: a whole number from ``least`` to ``most``."""
@@ -75,17 +73,18 @@ def options(
     add("--out", type=Path, default=Path(), help="where report.html and report.png go")
     add(
         "--quick",
-        action="store_true",
-        help=f"{QUICK_STEPS} steps only: to see that it works, not what it reaches",
+        dest="steps",
+        action="store_const",
+        const=60,
+        default=argparse.SUPPRESS,
+        help="60 steps only: to see that it works, not what it reaches",
     )
     return parser
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line, apply --quick and --threads, make the folder of --out."""
+    """Read the command line, apply --threads, make the folder of --out."""
     args = parser.parse_args(argv)
-    if args.quick:
-        args.steps = QUICK_STEPS
     torch.set_num_threads(args.threads)
     try:
         args.out.mkdir(parents=True, exist_ok=True)

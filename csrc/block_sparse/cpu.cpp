@@ -63,6 +63,22 @@ SECATEUR_INLINE inline void multiply_add(Tile<C, R, NV, W>& tile, const C* a, Li
   }
 }
 
+// Calls f(NV, j) for columns j, j + NV * W, ... below `limit` of a block that is `width` wide, NV
+// being the widest tile that fits; W divides `width`.
+template <int W, typename F>
+inline void for_vectors(int64_t width, int64_t limit, F&& f) {
+  const auto step = [&](auto nv, int64_t j) {
+    f(nv, j);
+    return j + nv * W;
+  };
+  for (int64_t j = 0; j < limit;) {
+    const int64_t vectors = (width - j) / W;
+    j = vectors >= kMaxVectors ? step(std::integral_constant<int, kMaxVectors>{}, j)
+        : vectors >= 2         ? step(std::integral_constant<int, 2>{}, j)
+                               : step(std::integral_constant<int, 1>{}, j);
+  }
+}
+
 // The pattern seen from one side: a line is a block row in Forward, a block column in
 // InputGradient. Its blocks are [ptr[line], ptr[line + 1]); `index` is a block's place along the
 // inner dimension and `position` its place in the values (null: in order).
@@ -235,85 +251,80 @@ void run_features(const Args& g, const B* blocks, const Compute<T>* a, int64_t s
   for_groups(s.ptr, s.lines, 1, begin, end, [&](int64_t panel, int64_t line) {
     const int64_t m = panel * kFeatureRows, m_end = std::min(m + kFeatureRows, g.batch);
     const int64_t width = std::min(s.line_width, s.out_features - line * s.line_width);
-    for (int64_t j = 0; j < width;) {
-      const int64_t vectors = (s.line_width - j) / W;
-      const auto run = [&](auto nv) {
-        constexpr int NV = decltype(nv)::value;
-        feature_rows<T, kAccumulators / NV, NV, kTransposed>(g, s, line, j, blocks, a, stride, m,
-                                                             m_end);
-        j += NV * W;
-      };
-      if constexpr (kMaxVectors >= 4) {
-        if (vectors >= 4) {
-          run(std::integral_constant<int, 4>{});
-          continue;
-        }
-      }
-      if (vectors >= 2)
-        run(std::integral_constant<int, 2>{});
-      else
-        run(std::integral_constant<int, 1>{});
-    }
+    for_vectors<W>(s.line_width, width, [&](auto nv, int64_t j) {
+      constexpr int NV = decltype(nv)::value;
+      feature_rows<T, kAccumulators / NV, NV, kTransposed>(g, s, line, j, blocks, a, stride, m,
+                                                           m_end);
+    });
   });
 }
 
 // ---------------------------------------------------------------- Dots
 
-// I output features x R rows of the batch; `x` is row m, blocks are as stored.
+// I output features, which divide a block, x R rows of the batch from the row that `x` and `out`
+// are. Blocks are as stored.
 template <typename T, int I, int R>
-SECATEUR_INLINE inline void dot_tile(const Side& s, int64_t line, int64_t i0, const Compute<T>* x,
-                                     int64_t panel_stride, int64_t row_stride, const T* blocks,
-                                     Compute<T> (&sums)[I][R]) {
+inline void dot_tile(const Side& s, int64_t line, int64_t i0, const Compute<T>* x,
+                     int64_t panel_stride, int64_t row_stride, const T* blocks, const T* bias,
+                     T* out) {
   using C = Compute<T>;
   constexpr int W = kLanes<C>;
-  Tile<C, I, R, W> tile = {};
-  C rest[I][R] = {};
-  for (int64_t p = s.ptr[line]; p < s.ptr[line + 1]; ++p) {
-    const T* const w = blocks + (p * s.line_width + i0) * s.inner_width;
-    const C* const a = x + s.index[p] * panel_stride;
-    const int64_t inner = s.inner(p);
-    int64_t l = 0;
-    for (; l + W <= inner; l += W) {
-      Vec<C, W> right[R];
-      unroll<R>([&](auto m) SECATEUR_INLINE { right[m] = load<W>(a + m * row_stride + l); });
-      unroll<I>([&](auto i) SECATEUR_INLINE {
-        const Vec<C, W> left = load<W>(w + i * s.inner_width + l);
-        unroll<R>([&](auto m) SECATEUR_INLINE { tile.acc[i][m] += left * right[m]; });
-      });
+  constexpr int kSums = (I * R + W - 1) / W * W;
+  const int64_t begin = s.ptr[line], end = s.ptr[line + 1];
+  const T* const first = blocks + i0 * s.inner_width;
+  alignas(64) C lanes[kSums][W] = {};
+  {
+    Tile<C, I, R, W> tile = {};
+    for (int64_t p = begin; p < end; ++p) {
+      const T* const w = first + p * s.line_width * s.inner_width;
+      const C* const a = x + s.index[p] * panel_stride;
+      for (int64_t l = 0, inner = s.inner(p); l + W <= inner; l += W) {
+        Vec<C, W> right[R];
+        unroll<R>([&](auto m) SECATEUR_INLINE { right[m] = load<W>(a + m * row_stride + l); });
+        unroll<I>([&](auto i) SECATEUR_INLINE {
+          const Vec<C, W> left = load<W>(w + i * s.inner_width + l);
+          unroll<R>([&](auto m) SECATEUR_INLINE { tile.acc[i][m] += left * right[m]; });
+        });
+      }
     }
-    for (; l < inner; ++l)
-      for (int i = 0; i < I; ++i)
-        for (int m = 0; m < R; ++m)
-          rest[i][m] += widen(w[i * s.inner_width + l]) * a[m * row_stride + l];
-  }
-  unroll<I>([&](auto i) SECATEUR_INLINE {
-    unroll<R>([&](auto m) SECATEUR_INLINE {
-      C sum = rest[i][m];
-      for (int lane = 0; lane < W; ++lane) sum += tile.acc[i][m][lane];
-      sums[i][m] = sum;
+    unroll<I>([&](auto i) SECATEUR_INLINE {
+      unroll<R>([&](auto m) SECATEUR_INLINE { store<W>(lanes[i * R + m], tile.acc[i][m]); });
     });
-  });
+  }
+  // Only the last block of a line may end within a vector.
+  const int64_t tail = begin < end ? s.inner(end - 1) % W : 0;
+  if (tail > 0) {
+    const int64_t l0 = s.inner(end - 1) - tail;
+    const T* const w = first + (end - 1) * s.line_width * s.inner_width;
+    const C* const a = x + s.index[end - 1] * panel_stride;
+    for (int n = 0; n < I * R; ++n)
+      for (int64_t l = l0; l < l0 + tail; ++l)
+        lanes[n][0] += widen(w[n / R * s.inner_width + l]) * a[n % R * row_stride + l];
+  }
+  for (int n0 = 0; n0 < I * R; n0 += W) {
+    Vec<C, W> each[W];
+    unroll<W>([&](auto k) SECATEUR_INLINE { each[k] = load<W>(lanes[n0 + k]); });
+    alignas(64) C sums[W];
+    store<W>(sums, sum_each<C, W>(each));
+    for (int n = n0; n < std::min(I * R, n0 + W); ++n) {
+      const int64_t f = line * s.line_width + i0 + n / R;
+      if (f >= s.out_features) break;
+      const C sum = sums[n - n0] + (bias ? widen(bias[f]) : C{0});
+      out[n % R * s.out_features + f] = narrow<T>(sum);
+    }
+  }
 }
 
 template <typename T, int R>
 inline void dot_rows(const Args& g, const Side& s, int64_t line, const Compute<T>* x,
                      int64_t panel_stride, int64_t row_stride, int64_t m) {
-  constexpr int I = 4;  // divides every block that vectors divide
-  const T* const bias = static_cast<const T*>(g.bias);
-  T* const out = static_cast<T*>(g.out);
-  for (; m + R <= g.batch; m += R) {
-    for (int64_t i0 = 0; i0 < s.line_width; i0 += I) {
-      const int64_t f = line * s.line_width + i0;
-      if (f >= s.out_features) break;
-      Compute<T> sums[I][R];
+  constexpr int I = std::min(kLanes<Compute<T>>, kAccumulators / R);
+  const int64_t width = std::min(s.line_width, s.out_features - line * s.line_width);
+  for (; m + R <= g.batch; m += R)
+    for (int64_t i0 = 0; i0 < width; i0 += I)
       dot_tile<T, I, R>(s, line, i0, x + m * row_stride, panel_stride, row_stride,
-                        static_cast<const T*>(g.values), sums);
-      for (int64_t i = 0; i < std::min<int64_t>(I, s.out_features - f); ++i)
-        for (int r = 0; r < R; ++r)
-          out[(m + r) * s.out_features + f + i] =
-              narrow<T>(sums[i][r] + (bias ? widen(bias[f + i]) : Compute<T>{0}));
-    }
-  }
+                        static_cast<const T*>(g.values), static_cast<const T*>(g.bias),
+                        static_cast<T*>(g.out) + m * s.out_features);
   if constexpr (R > 1)
     if (m < g.batch) dot_rows<T, R / 2>(g, s, line, x, panel_stride, row_stride, m);
 }
@@ -420,19 +431,15 @@ void run_batch(const Args& g, int64_t begin, int64_t end) {
       for (int64_t i = 0; i < count;) {
         const int64_t line = (f + i) / s.line_width, inside = (f + i) % s.line_width;
         const int64_t left = std::min(count - i, s.line_width - inside);
-        const auto run = [&](auto r) {
+        const auto run = [&](auto r) -> int64_t {
           batch_lines<C, decltype(r)::value>(s, line, values + inside * a_line, a_line, a_step,
                                              right, lanes, features + i * lanes);
-          i += r;
+          return r;
         };
-        if (left >= 8)
-          run(std::integral_constant<int, 8>{});
-        else if (left >= 4)
-          run(std::integral_constant<int, 4>{});
-        else if (left >= 2)
-          run(std::integral_constant<int, 2>{});
-        else
-          run(std::integral_constant<int, 1>{});
+        i += left >= 8   ? run(std::integral_constant<int, 8>{})
+             : left >= 4 ? run(std::integral_constant<int, 4>{})
+             : left >= 2 ? run(std::integral_constant<int, 2>{})
+                         : run(std::integral_constant<int, 1>{});
       }
       store_transposed<T>(features, count, lanes, bias ? bias + f : nullptr,
                           std::min(lanes, g.batch - m), out + m * s.out_features + f,
@@ -481,25 +488,11 @@ inline void outer_rows(const C* dy, int64_t dy_stride, const C* x, int64_t x_str
 template <typename C, int W>
 void outer_part(const C* dy, int64_t dy_stride, const C* x, int64_t x_stride, int64_t depth,
                 C* part, int64_t rows, int64_t cols) {
-  for (int64_t j = 0; j < cols;) {
-    const auto run = [&](auto nv) {
-      constexpr int NV = decltype(nv)::value;
-      outer_rows<C, W, kAccumulators / NV, NV>(dy, dy_stride, x + j, x_stride, depth, part + j, 0,
-                                               rows);
-      j += NV * W;
-    };
-    const int64_t vectors = (cols - j) / W;
-    if constexpr (kMaxVectors >= 4) {
-      if (vectors >= 4) {
-        run(std::integral_constant<int, 4>{});
-        continue;
-      }
-    }
-    if (vectors >= 2)
-      run(std::integral_constant<int, 2>{});
-    else
-      run(std::integral_constant<int, 1>{});
-  }
+  for_vectors<W>(cols, cols, [&](auto nv, int64_t j) {
+    constexpr int NV = decltype(nv)::value;
+    outer_rows<C, W, kAccumulators / NV, NV>(dy, dy_stride, x + j, x_stride, depth, part + j, 0,
+                                             rows);
+  });
 }
 
 // Blocks [begin, end); W divides cols.
@@ -526,10 +519,11 @@ void run_outer(const Args& g, int64_t begin, int64_t end) {
                            x.base + g.col[p] * x.panel_stride + m * x.row_stride + j0, x.row_stride,
                            std::min(depth, g.batch - m), part, rows, cols);
         for (int64_t i = 0; i < rows; ++i) {
-          for (int64_t j = 0; j < cols; ++j)
-            out[(i0 + i) * g.cols + j0 + j] = i0 + i < live_rows && j0 + j < live_cols
-                                                  ? narrow<T>(part[i * kPart + j])
-                                                  : narrow<T>(C{0});
+          T* const to = out + (i0 + i) * g.cols + j0;
+          const int64_t live =
+              i0 + i < live_rows ? std::clamp<int64_t>(live_cols - j0, 0, cols) : 0;
+          for (int64_t j = 0; j < cols; j += W)
+            store<W>(to + j, load_first<W>(part + i * kPart + j, std::max<int64_t>(0, live - j)));
         }
       }
     }
@@ -746,7 +740,9 @@ Plan plan_for(const Args& g) {
   } else {
     plan.method = Method::Features;
     plan.panel = kFewLanes;
-    lay_out_left(kNarrow || !few ? Layout::Transposed : Layout::InPlace);
+    // Tiles one vector wide read many rows at once, too many to follow where they lie.
+    const bool in_place = !kNarrow && (few || s.line_width >= 2 * W);
+    lay_out_left(in_place ? Layout::InPlace : Layout::Transposed);
     plan.transpose_values = forward;
     if (forward || (kNarrow && !few)) copy_values();
     plan.run = group_stage(s.ptr, s.lines, 1, ceil_div(g.batch, kFeatureRows),
@@ -811,11 +807,16 @@ void run_for(const Args& g, int64_t begin, int64_t end) {
   const auto* const a = static_cast<const C*>(forward ? (in_place ? g.x : g.x_space)
                                                       : (in_place ? g.dy : g.dy_space));
   const int64_t stride = forward ? g.x_stride : g.dy_stride;
-  if (!in_place && g.values_space)
-    return run_features<T, true>(g, static_cast<const C*>(g.values_space), a, 0, begin, end);
-  if (in_place)
-    return run_features<T, false>(g, static_cast<const T*>(g.values), a, stride, begin, end);
-  run_features<T, true>(g, static_cast<const T*>(g.values), a, 0, begin, end);
+  const auto run = [&](const auto* blocks) {
+    if (in_place)
+      run_features<T, false>(g, blocks, a, stride, begin, end);
+    else
+      run_features<T, true>(g, blocks, a, 0, begin, end);
+  };
+  if (g.values_space)
+    run(static_cast<const C*>(g.values_space));
+  else
+    run(static_cast<const T*>(g.values));
 }
 
 }  // namespace

@@ -1,10 +1,10 @@
 // Bit-packed masks. Bound by reading and writing the tensor; the mask adds one bit an element.
-// apply() looks at eight elements' bits at once: a byte of ones costs no access to the tensor at
-// all, so a dense region is skipped and a pruned one is written once.
+// apply() looks at sixteen elements' bits at once: where all are ones it does not touch the tensor.
 // Compiled once per instruction set; no torch header, no static data (see cmake/op.cmake).
 #include <algorithm>
 #include <cstring>
 
+#include "common/simd.h"
 #include "mask/mask.h"
 
 namespace secateur::mask::SECATEUR_ISA {
@@ -16,6 +16,21 @@ inline uint8_t gather_bits(uint64_t bools) {
   return static_cast<uint8_t>((bools & 0x0101010101010101u) * 0x0102040810204080u >> 56);
 }
 
+constexpr int kGroup = 16;
+
+// Zeroes those of kGroup elements whose bit in `alive` is clear.
+template <typename T>
+inline void apply_group(T* p, uint16_t alive) {
+  using V = Vec<T, kGroup>;
+  constexpr V bit = {1 << 0, 1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
+                     1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
+  V v;
+  std::memcpy(&v, p, sizeof(v));
+  v &= reinterpret_cast<V>(((V{} + T{alive}) & bit) == bit);
+  std::memcpy(p, &v, sizeof(v));
+}
+
+// A group is looked at as a whole where its elements lie side by side and its bits start a byte.
 template <typename T>
 void apply_elements(const View& t, int64_t numel, const uint8_t* bits, int64_t begin, int64_t end) {
   T* const data = static_cast<T*>(t.data);
@@ -25,18 +40,13 @@ void apply_elements(const View& t, int64_t numel, const uint8_t* bits, int64_t b
     const Position p = locate(t, index);
     T* const row = data + p.offset;
     const int64_t count = std::min(p.remaining, stop - index);
-    int64_t i = 0;
-    while (i < count) {
+    for (int64_t i = 0; i < count;) {
       const int64_t at = index + i;
-      if (at % 8 == 0 && count - i >= 8) {
-        const uint8_t alive = bits[at / 8];
-        if (alive == 0) {
-          for (int j = 0; j < 8; ++j) row[(i + j) * stride] = T{0};
-        } else if (alive != 0xff) {
-          for (int j = 0; j < 8; ++j)
-            if (!(alive >> j & 1)) row[(i + j) * stride] = T{0};
-        }
-        i += 8;
+      if (stride == 1 && at % 8 == 0 && count - i >= kGroup) {
+        uint16_t alive;
+        std::memcpy(&alive, bits + at / 8, sizeof(alive));
+        if (alive != 0xffff) apply_group(row + i, alive);
+        i += kGroup;
       } else {
         if (!(bits[at / 8] >> (at % 8) & 1)) row[i * stride] = T{0};
         ++i;

@@ -21,6 +21,7 @@ _NORMS = (
     nn.RMSNorm,
 )
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_EMBEDDING_NAMES = ("embed", "embedding", "embeddings", "token")  # of bare parameters
 
 
 @dataclass(eq=False)
@@ -116,20 +117,19 @@ def _unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter, str]]:
-    """(parameter name, module name, parameter, kind) of each parameter; a tied one comes once."""
+def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]:
+    """(name, parameter, kind) of each parameter of the user's own module; a tied one comes once."""
     model = _unwrap(model)
     embeddings = {
         id(p) for m in model.modules() if isinstance(m, _EMBEDDINGS) for p in m.parameters(False)
     }
     seen: set[int] = set()
     for module_name, module in model.named_modules():
-        module_name = module_name.replace("_orig_mod.", "").removesuffix("_orig_mod").rstrip(".")
         for leaf, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            if id(parameter) in embeddings or "embed" in leaf or "token" in leaf:
+            if id(parameter) in embeddings or leaf.endswith(_EMBEDDING_NAMES):
                 kind = "embedding"
             elif isinstance(module, _NORMS):
                 kind = "norm"
@@ -137,8 +137,8 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter, str]
                 kind = "bias" if "bias" in leaf else "vector"
             else:
                 kind = "weight"
-            name = f"{module_name}.{leaf}" if module_name else leaf
-            yield name, module_name, parameter, kind
+            parts = [*module_name.split("."), leaf]
+            yield ".".join(p for p in parts if p not in ("", "_orig_mod")), parameter, kind
 
 
 def _patterns(name: str, patterns: str | Sequence[str] | None) -> tuple[str, ...] | None:
@@ -155,8 +155,15 @@ def find_layers(
     granularity: Granularity,
     include: str | Sequence[str] | None,
     exclude: str | Sequence[str] | None,
+    *,
+    frozen: bool = False,
 ) -> tuple[list[Layer], dict[str, str]]:
-    """The layers to prune, and why each other parameter is left out."""
+    """The layers to prune, and why each other parameter is left out.
+
+    Args:
+        model, granularity, include, exclude: as for ``Pruner``.
+        frozen: whether parameters that do not require a gradient are pruned too.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(granularity, Granularity):
@@ -167,18 +174,20 @@ def find_layers(
     skipped: dict[str, str] = {}
     names = []
 
-    for name, module_name, parameter, kind in _parameters(model):
+    def matches(patterns: tuple[str, ...] | None, targets: list[str]) -> bool:
+        hits = {p for p in patterns or () if any(fnmatch.fnmatchcase(t, p) for t in targets)}
+        unmatched.difference_update(hits)
+        return bool(hits)
+
+    for name, parameter, kind in _parameters(model):
         names.append(name)
+        parts = name.split(".")
+        modules = [".".join(parts[:i]) for i in range(1, len(parts))]
 
-        def matches(patterns: tuple[str, ...] | None, *targets: str) -> bool:
-            hits = {p for p in patterns or () if any(fnmatch.fnmatchcase(t, p) for t in targets)}
-            unmatched.difference_update(hits)
-            return bool(hits)
-
-        # A glob names parameters; one that names a module stands for the module's weights.
-        named = matches(includes, name)
-        of_module = kind == "weight" and matches(includes, module_name)
-        if matches(excludes, name, module_name):
+        # A glob names parameters; one that names a module stands for all weights inside.
+        named = matches(includes, [name])
+        of_module = kind == "weight" and matches(includes, modules)
+        if matches(excludes, [name, *modules]):
             skipped[name] = "excluded"
         elif includes is not None and not (named or of_module):
             skipped[name] = "not included"
@@ -188,12 +197,12 @@ def find_layers(
             skipped[name] = f"dtype {parameter.dtype}"
         elif parameter.numel() == 0:
             skipped[name] = "empty"
-        elif not parameter.requires_grad and includes is not None:
+        elif not (parameter.requires_grad or frozen) and includes is not None:
             raise ValueError(
                 f"expected the included parameters to be trainable, got {name!r} with "
                 "requires_grad=False"
             )
-        elif not parameter.requires_grad:
+        elif not (parameter.requires_grad or frozen):
             skipped[name] = "frozen"
         else:
             rows = parameter.shape[0] if parameter.ndim >= 2 else parameter.numel()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from secateur import ops, surgery
 from secateur.criteria import Criterion
@@ -16,7 +17,7 @@ from secateur.granularity import Granularity
 from secateur.layers import Layer, find_layers
 from secateur.schedules import OneShot, Schedule, Target, Threshold
 from secateur.scope import share_out
-from secateur.selection import choose, measured, normalizer
+from secateur.selection import Inputs, choose, measured, normalizer
 
 __all__ = ["Pruner", "prune_"]
 
@@ -38,9 +39,10 @@ class Pruner:
         granularity: what lives or dies together (``secateur.granularity``).
         schedule: when, and how far (``secateur.schedules``).
         scope: ``"global"``: all layers compete for the target; ``"layer"``: each layer meets it.
-        include: name globs of the parameters to prune, or of modules whose weights to prune. None:
-            every weight of two dimensions or more that is no norm, bias or embedding.
-        exclude: name globs of parameters or modules to leave out.
+        include: name globs of the parameters to prune, whatever they are, or of modules, which
+            stand for all weights inside. None: every weight of the model. A weight is a parameter
+            of two dimensions or more that belongs to no norm and no embedding.
+        exclude: name globs of the parameters or modules to leave out.
 
     Raises:
         TypeError, ValueError: an argument is not what it should be, a glob matches nothing, the
@@ -79,6 +81,11 @@ class Pruner:
             raise TypeError(
                 f"expected optimizer to be a torch.optim.Optimizer or None, got {optimizer!r}"
             )
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise TypeError(
+                "expected an optimizer that evaluates the gradient once a step, got LBFGS, whose "
+                "curvature history spans every weight: its steps would move the dead ones"
+            )
         self.layers, self.skipped = find_layers(model, granularity, include, exclude)
         self.optimizer = optimizer
         self._check_parameters()
@@ -92,13 +99,28 @@ class Pruner:
         """Due steps that had nothing to prune."""
         self._masks_changed = False
         self._moves_dead = False  # whether the optimizer moves a weight whose gradient is zero
+        self._in_update = False
+        self._handles: list[RemovableHandle] = []
+        self._attach()
+
+    def _attach(self) -> None:
         self._handles = [
             layer.parameter.register_post_accumulate_grad_hook(_GradientMask(layer))
             for layer in self.layers
         ]
-        if optimizer is not None:
-            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
-            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        if self.optimizer is not None:
+            self._handles.append(self.optimizer.register_step_pre_hook(self._before_step))
+            self._handles.append(self.optimizer.register_step_post_hook(self._after_step))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handles": bool(self._handles)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy drives the copies of model and optimizer that it was copied with."""
+        attached = state.pop("_handles")
+        self.__dict__.update(state, _handles=[])
+        if attached:
+            self._attach()
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -113,20 +135,17 @@ class Pruner:
     def update(self) -> Iterator[None]:
         """Around a hand-rolled update of the weights, with the gradients in ``.grad``.
 
-        Stands for the optimizer step: masks are chosen on entry, and what the update moved back to
-        life is zeroed on exit.
-
-        Raises:
-            RuntimeError: this pruner's optimizer drives the schedule already.
+        Stands for one optimizer step: masks are chosen on entry, and what the update moved back to
+        life is zeroed on exit. A step of the optimizer inside is part of it.
         """
-        if self.optimizer is not None:
-            raise RuntimeError(
-                "expected update() only with Pruner(model, optimizer=None, ...), got a pruner "
-                f"whose {type(self.optimizer).__name__} drives the schedule by its own step()"
-            )
         self._before_update()
-        yield
+        self._in_update = True
+        try:
+            yield
+        finally:
+            self._in_update = False
         self._after_update()
+        self._mask_everything(self.layers)
 
     def remove(self) -> None:
         """Detach from model and optimizer. The weights stay as they are; dead ones can move again.
@@ -240,6 +259,8 @@ class Pruner:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self._in_update or _is_skipped(optimizer):
+            return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._before_update()
@@ -258,22 +279,33 @@ class Pruner:
     def _after_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        self._after_update()
+        if not (self._in_update or _is_skipped(optimizer)):
+            self._after_update()
 
     @torch.no_grad()
     def _before_update(self) -> None:
-        self._mask(
-            (layer.parameter.grad, layer)
-            for layer in self.layers
-            if layer.parameter.grad is not None
-        )
+        self._mask_gradients(self.layers)
+        inputs = Inputs(self.step, self._gradient, self._given_state)
         last = self.schedule.last
         if self.criterion.accumulation and (last is None or self.step <= last):
             for layer in self.layers:
-                self._observe(layer, *self.criterion.accumulation)
+                self._observe(layer, inputs, *self.criterion.accumulation)
         target = self.schedule.target(self.step)
         if target is not None:
-            self._prune(target)
+            self._prune(target, inputs)
+
+    def _gradient(self, layer: Layer) -> Tensor | None:
+        grad = layer.parameter.grad
+        # A fused optimizer unscales inside its step: here the gradient still carries GradScaler's.
+        scale = getattr(self.optimizer, "grad_scale", None)
+        return grad if grad is None or scale is None else grad / scale.to(grad.device, grad.dtype)
+
+    def _given_state(self, layer: Layer) -> tuple[Tensor, float] | None:
+        if self.optimizer is None:
+            return self.criterion.given_state(layer.name, {}, {})
+        group = surgery.group_of(self.optimizer, layer.parameter)
+        state = self.optimizer.state.get(layer.parameter, {})
+        return self.criterion.given_state(layer.name, state, group or {})
 
     def _check_parameters(self) -> None:
         lost = [
@@ -288,9 +320,9 @@ class Pruner:
                 "the pruner after that, or remove() it before"
             )
 
-    def _observe(self, layer: Layer, decay: float, gain: float) -> None:
+    def _observe(self, layer: Layer, inputs: Inputs, decay: float, gain: float) -> None:
         """Write this step's score into the running one."""
-        weight, grad = measured(self.criterion, layer)
+        weight, grad = measured(self.criterion, layer, inputs)
         if layer.state is None:
             layer.state = torch.zeros_like(weight, dtype=layer.score_dtype)
             decay, gain = 0.0, 1.0  # the average starts at the first observation
@@ -304,25 +336,9 @@ class Pruner:
             normalizer=normalizer(self.criterion, layer),
         )
 
-    def _prune(self, target: Target) -> None:
+    def _prune(self, target: Target, inputs: Inputs) -> None:
         self._check_parameters()
-
-        def given_state(layer: Layer) -> tuple[Tensor, float] | None:
-            if self.optimizer is None:
-                return self.criterion.given_state(layer.name, {}, {})
-            group = surgery.group_of(self.optimizer, layer.parameter)
-            moments = self.optimizer.state.get(layer.parameter, {})
-            return self.criterion.given_state(layer.name, moments, group or {})
-
-        choice = choose(
-            self.layers,
-            self.criterion,
-            self.granularity,
-            target,
-            self.scope,
-            self.step,
-            given_state,
-        )
+        choice = choose(self.layers, self.criterion, self.granularity, target, self.scope, inputs)
         if not target.permanent:
             for layer, units in zip(self.layers, choice.unit_bits, strict=True):
                 mask = layer.expand(ops.unpack_mask(units, layer.grid))
@@ -351,7 +367,7 @@ class Pruner:
         if self._masks_changed and not self._moves_dead:
             self._moves_dead = any(self._revived(layer) for layer in self.layers)
         self._masks_changed = False
-        if self._moves_dead or self.optimizer is None:
+        if self._moves_dead:
             self._mask_everything(self.layers)
         self.step += 1
 
@@ -366,6 +382,9 @@ class Pruner:
 
     def _mask_everything(self, layers: list[Layer]) -> None:
         self._mask((t, layer) for layer in layers for t in self._weight_and_moments(layer))
+        self._mask_gradients(layers)
+
+    def _mask_gradients(self, layers: list[Layer]) -> None:
         self._mask(
             (layer.parameter.grad, layer) for layer in layers if layer.parameter.grad is not None
         )
@@ -384,6 +403,12 @@ class _GradientMask:
     def __call__(self, parameter: Tensor) -> None:
         if parameter.grad is not None and self.layer.alive < parameter.numel():
             ops.mask_([parameter.grad], [self.layer.bits])
+
+
+def _is_skipped(optimizer: Optimizer) -> bool:
+    """Whether a fused step under GradScaler, which runs the hooks either way, does nothing."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf)
 
 
 def _check_policy(criterion: Criterion, scope: str) -> None:
@@ -407,8 +432,8 @@ def prune_(
     """Prune a model in place, once, with no optimizer.
 
     Args:
-        model, criterion, granularity, scope, include, exclude: as for :class:`Pruner`. Criteria
-            that need gradients take them from ``.grad``.
+        model, criterion, granularity, scope, include, exclude: as for :class:`Pruner`; frozen
+            parameters are pruned too. Criteria that need gradients take them from ``.grad``.
         sparsity: fraction of the units to prune, in [0, 1).
         threshold: prune every unit with a score below it. Exactly one of the two is given.
 
@@ -432,16 +457,13 @@ def prune_(
         target = Target(threshold=Threshold(threshold).epsilon)
     else:
         target = Target(sparsity=OneShot(sparsity or 0.0).sparsity)
-    layers, _ = find_layers(model, granularity, include, exclude)
-    choice = choose(
-        layers,
-        criterion,
-        granularity,
-        target,
-        scope,
+    layers, _ = find_layers(model, granularity, include, exclude, frozen=True)
+    inputs = Inputs(
         0,
+        lambda layer: layer.parameter.grad,
         lambda layer: criterion.given_state(layer.name, {}, {}),
     )
+    choice = choose(layers, criterion, granularity, target, scope, inputs)
     for layer, units in zip(layers, choice.unit_bits, strict=True):
         layer.set_units(units)
     ops.mask_([layer.parameter for layer in layers], [layer.bits for layer in layers])

@@ -180,7 +180,7 @@ class Table:
 
     title: str
     head: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
 
     @classmethod
     def of_layers(cls, layers: Iterable[LayerReport]) -> Table:

@@ -15,10 +15,23 @@ from secateur.layers import Layer
 from secateur.schedules import Target
 from secateur.scope import share_out
 
-__all__ = ["Choice", "choose", "measured", "normalizer"]
+__all__ = ["Choice", "Inputs", "choose", "measured", "normalizer"]
 
-GivenState = Callable[[Layer], "tuple[Tensor, float] | None"]
-"""A score that comes from elsewhere, with the number to divide it by (Criterion.given_state)."""
+
+@dataclass(frozen=True)
+class Inputs:
+    """Where a score comes from, besides the weight.
+
+    Attributes:
+        step: the optimizer step that is about to be taken.
+        gradient: the gradient of a layer, unscaled; None where it has none.
+        given_state: a score that comes from elsewhere, with the number to divide it by
+            (``Criterion.given_state``); None where there is none.
+    """
+
+    step: int
+    gradient: Callable[[Layer], Tensor | None]
+    given_state: Callable[[Layer], tuple[Tensor, float] | None]
 
 
 @dataclass(frozen=True)
@@ -34,11 +47,11 @@ class Choice:
     floor_held: list[bool]
 
 
-def measured(criterion: Criterion, layer: Layer) -> tuple[Tensor, Tensor | None]:
+def measured(criterion: Criterion, layer: Layer, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
     """The weight and gradient that the criterion's formula works on."""
     weight, grad = layer.parameter.detach(), None
     if criterion.needs_gradient:
-        grad = layer.parameter.grad
+        grad = inputs.gradient(layer)
         if grad is None:
             raise ValueError(
                 f"expected {layer.name!r} to have a gradient when it is scored, got None: step "
@@ -69,19 +82,18 @@ class _Candidates:
         layers: Sequence[Layer],
         criterion: Criterion,
         granularity: Granularity,
-        step: int,
-        given_state: GivenState,
+        inputs: Inputs,
     ) -> None:
         self.layers = layers
-        self.step = step
+        self.step = inputs.step
         self.largest = criterion.keep == "largest"
         elementwise = all(layer.block == (1, 1) for layer in layers)
         self.formula = criterion.formula if elementwise else "given"
         self.arguments: list[dict[str, Any]] = []
         for index, layer in enumerate(layers):
-            state, divisor = given_state(layer) or (layer.state, 1.0)
+            state, divisor = inputs.given_state(layer) or (layer.state, 1.0)
             if state is None:
-                weight, grad = measured(criterion, layer)
+                weight, grad = measured(criterion, layer, inputs)
                 divisor = normalizer(criterion, layer)
             else:
                 weight, grad = layer.parameter.detach(), None
@@ -96,7 +108,7 @@ class _Candidates:
                 "grad": grad,
                 "state": state,
                 "normalizer": divisor,
-                "seed": criterion.seed_of(step, index),
+                "seed": criterion.seed_of(inputs.step, index),
             }
             if not elementwise:  # one score a unit: small enough to be written out
                 scores = ops.score(
@@ -161,8 +173,7 @@ def choose(
     granularity: Granularity,
     target: Target,
     scope: str,
-    step: int,
-    given_state: GivenState,
+    inputs: Inputs,
 ) -> Choice:
     """Score the units that live and select those that live on. Changes nothing.
 
@@ -172,7 +183,7 @@ def choose(
     Raises:
         ValueError: a missing gradient, or a score of a living unit that is NaN or Inf.
     """
-    candidates = _Candidates(layers, criterion, granularity, step, given_state)
+    candidates = _Candidates(layers, criterion, granularity, inputs)
     bits = {i: layer.unit_bits for i, layer in enumerate(layers)}
     floored: set[int] = set()
     if target.threshold is not None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from secateur.ops._spec import OpSpec, Sample
+from secateur.ops._spec import FLOATS, OpSpec, Sample
 
 
 def pack_mask(mask: Tensor) -> Tensor:
@@ -66,6 +66,7 @@ def mask_(tensors: Sequence[Tensor], bits: Sequence[Tensor]) -> None:
         bits: for each tensor its mask from :func:`pack_mask`.
 
     Raises:
+        TypeError: a tensor is not floating point. Nothing is changed then.
         ValueError: a mask does not fit its tensor, or the counts differ. Nothing is changed then.
 
     Equivalent to:
@@ -76,6 +77,10 @@ def mask_(tensors: Sequence[Tensor], bits: Sequence[Tensor]) -> None:
             f"expected one mask a tensor, got {len(tensors)} tensors and {len(bits)} masks"
         )
     for i, (t, b) in enumerate(zip(tensors, bits, strict=True)):
+        if t.dtype not in FLOATS:
+            raise TypeError(
+                f"expected tensors[{i}] to be float32, bfloat16, float16 or float64, got {t.dtype}"
+            )
         if b.dtype != torch.uint8 or b.shape != ((t.numel() + 7) // 8,) or b.device != t.device:
             raise ValueError(
                 f"expected bits[{i}] to be {(t.numel() + 7) // 8} bytes (uint8) on {t.device} for "

@@ -1,0 +1,59 @@
+"""The wrappers of bit-packed masks: what they refuse, and what they promise beyond the ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy
+import pytest
+import torch
+
+from secateur import ops
+
+
+def test_layout_is_numpys_little_endian_packing() -> None:
+    mask = torch.rand(13, 7, generator=torch.Generator().manual_seed(0)) < 0.5
+    expected = numpy.packbits(mask.flatten().numpy(), bitorder="little")
+    assert ops.pack_mask(mask).tolist() == expected.tolist()
+    assert torch.equal(ops.unpack_mask(ops.pack_mask(mask), mask.shape), mask)
+
+
+def test_masking_is_seen_by_autograd() -> None:
+    weight = torch.ones(8, requires_grad=True)
+    squares = weight.square().sum()
+    ops.mask_([weight], [torch.tensor([1], dtype=torch.uint8)])
+    assert weight.tolist() == [1, 0, 0, 0, 0, 0, 0, 0]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        squares.backward()
+
+
+BITS = torch.zeros(1, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda: ops.pack_mask(torch.ones(3)), TypeError, "torch.bool, got torch.float32"),
+        (lambda: ops.unpack_mask(BITS, (9,)), ValueError, r"expected 2 bytes .* shape \(1,\)"),
+        (lambda: ops.unpack_mask(BITS.int(), (8,)), ValueError, "got torch.int32"),
+        (lambda: ops.mask_([torch.ones(9)], [BITS]), ValueError, r"bits\[0\] to be 2 bytes"),
+        (lambda: ops.mask_([torch.ones(8)], []), ValueError, "1 tensors and 0 masks"),
+        (lambda: ops.mask_([torch.arange(8)], [BITS]), TypeError, r"tensors\[0\] .* torch.int64"),
+    ],
+)
+def test_bad_input_is_refused(
+    call: Callable[[], object], error: type[Exception], match: str
+) -> None:
+    with pytest.raises(error, match=match):
+        call()
+
+
+def test_nothing_is_changed_where_one_mask_does_not_fit() -> None:
+    good, bad = torch.ones(8), torch.ones(9)
+    with pytest.raises(ValueError, match=r"bits\[1\]"):
+        ops.mask_([good, bad], [BITS, BITS])
+    assert good.tolist() == [1] * 8
+
+
+def test_no_tensors_is_no_work() -> None:
+    ops.mask_([], [])
