@@ -34,6 +34,7 @@ BITS = torch.zeros(1, dtype=torch.uint8)
     ("call", "error", "match"),
     [
         (lambda: ops.pack_mask(torch.ones(3)), TypeError, "torch.bool, got torch.float32"),
+        (lambda: ops.pack_mask([True]), TypeError, "mask to be a Tensor, got list"),
         (lambda: ops.unpack_mask(BITS, (9,)), ValueError, r"expected 2 bytes .* shape \(1,\)"),
         (lambda: ops.unpack_mask(BITS.int(), (8,)), ValueError, "got torch.int32"),
         (lambda: ops.mask_([torch.ones(9)], [BITS]), ValueError, r"bits\[0\] to be 2 bytes"),

@@ -219,6 +219,8 @@ ONE = torch.ones(4)
         ([ONE], 2.0, TypeError, "int, got 2.0"),
         ([ONE], None, TypeError, "int, got None"),
         ([ONE, ONE.double()], 1, TypeError, r"one dtype.*float32.*scores\[1\].*float64"),
+        (ONE, 1, TypeError, "list of Tensors, got a Tensor"),
+        ([1.0], 1, TypeError, r"scores\[0\] to be a Tensor, got float"),
         ([ONE.int()], 1, TypeError, r"scores\[0\] to be float32.*got torch.int32"),
         ([ONE, ONE.to("meta")], 1, ValueError, r"one device.*cpu.*scores\[1\].*meta"),
     ],

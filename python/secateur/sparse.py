@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from secateur.ops.block_sparse import Pattern, check_dtype
+from secateur.ops._checks import check_bool, check_float
+from secateur.ops.block_sparse import Pattern
 
 __all__ = ["BlockSparse", "Pattern"]
 
@@ -34,7 +35,7 @@ class BlockSparse:
     shape: tuple[int, int]
 
     def __init__(self, values: Tensor, pattern: Pattern, shape: tuple[int, int]) -> None:
-        check_dtype("values", values)
+        check_float("values", values)
         n_blocks = pattern.col.shape[0]
         if values.dim() != 3 or values.shape[0] != n_blocks or 0 in values.shape[1:]:
             raise ValueError(
@@ -80,7 +81,7 @@ class BlockSparse:
             rows, cols)
         """
         rows, cols = _block_size(block)
-        check_dtype("weight", weight)
+        check_float("weight", weight)
         if weight.dim() != 2:
             raise ValueError(
                 f"expected weight to have 2 dimensions, got shape {tuple(weight.shape)}"
@@ -88,8 +89,7 @@ class BlockSparse:
         shape = (weight.shape[0], weight.shape[1])
         grid = _grid(shape, (rows, cols))
         if mask is not None:
-            if mask.dtype != torch.bool:
-                raise TypeError(f"expected mask to be torch.bool, got {mask.dtype}")
+            check_bool("mask", mask)
             if mask.shape != grid:
                 raise ValueError(
                     f"expected mask of shape {grid} for weight {shape} in blocks of {rows} x "

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from secateur.ops._spec import FLOATS, OpSpec, Sample
+from secateur.ops._checks import check_float
+from secateur.ops._spec import OpSpec, Sample
 
 if TYPE_CHECKING:
     from secateur.sparse import BlockSparse
@@ -123,7 +124,7 @@ def block_sparse_linear(x: Tensor, weight: BlockSparse, bias: Tensor | None = No
         others = {"weight.values": values}
         if bias is not None:
             others["bias"] = bias = _autocast(bias, dtype)
-    check_dtype("x", x)
+    check_float("x", x)
     for name, t in others.items():
         if t.dtype != x.dtype:
             raise TypeError(f"expected {name} to be {x.dtype}, as x, got {t.dtype}")
@@ -135,15 +136,6 @@ def block_sparse_linear(x: Tensor, weight: BlockSparse, bias: Tensor | None = No
         out_features,
     )
     return y.reshape(*x.shape[:-1], out_features)
-
-
-def check_dtype(name: str, t: Tensor) -> None:
-    """TypeError unless the kernels have t's dtype; the message calls it ``name``."""
-    if t.dtype not in FLOATS:
-        raise TypeError(
-            f"expected {name} to be {', '.join(map(str, FLOATS[:-1]))} or {FLOATS[-1]}, "
-            f"got {t.dtype}"
-        )
 
 
 def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from secateur.ops._spec import FLOATS, OpSpec, Sample
+from secateur.ops._checks import check_bool, check_float
+from secateur.ops._spec import OpSpec, Sample
 
 
 def pack_mask(mask: Tensor) -> Tensor:
@@ -26,8 +27,7 @@ def pack_mask(mask: Tensor) -> Tensor:
     Equivalent to:
         ``numpy.packbits(mask.flatten(), bitorder="little")``
     """
-    if mask.dtype != torch.bool:
-        raise TypeError(f"expected mask to be torch.bool, got {mask.dtype}")
+    check_bool("mask", mask)
     bits: Tensor = torch.ops.secateur.pack_mask(mask)
     return bits
 
@@ -77,10 +77,7 @@ def mask_(tensors: Sequence[Tensor], bits: Sequence[Tensor]) -> None:
             f"expected one mask a tensor, got {len(tensors)} tensors and {len(bits)} masks"
         )
     for i, (t, b) in enumerate(zip(tensors, bits, strict=True)):
-        if t.dtype not in FLOATS:
-            raise TypeError(
-                f"expected tensors[{i}] to be float32, bfloat16, float16 or float64, got {t.dtype}"
-            )
+        check_float(f"tensors[{i}]", t)
         if b.dtype != torch.uint8 or b.shape != ((t.numel() + 7) // 8,) or b.device != t.device:
             raise ValueError(
                 f"expected bits[{i}] to be {(t.numel() + 7) // 8} bytes (uint8) on {t.device} for "

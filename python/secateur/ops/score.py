@@ -30,7 +30,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from secateur.ops._spec import FLOATS, OpSpec, Sample
+from secateur.ops._checks import check_float
+from secateur.ops._spec import OpSpec, Sample
 
 FORMULAS: tuple[str, ...] = (
     "given",
@@ -187,13 +188,6 @@ def check_seed(name: str, seed: int) -> None:
         raise TypeError(f"expected {name} to be an int, got {seed!r}")
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"expected {name} to fit in 64 bits, got {seed}")
-
-
-def check_float(name: str, t: Tensor) -> None:
-    if t.dtype not in FLOATS:
-        raise TypeError(
-            f"expected {name} to be float32, bfloat16, float16 or float64, got {t.dtype}"
-        )
 
 
 def check_like(name: str, t: Tensor, of: str, weight: Tensor, dtype: torch.dtype) -> None:

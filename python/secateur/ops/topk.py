@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from secateur.ops._checks import check_float
 from secateur.ops._spec import OpSpec, Sample
 from secateur.ops.mask import pack_mask_reference, unpack_mask, unpack_mask_reference
 from secateur.ops.score import (
-    check_float,
     check_formula,
     check_like,
     check_normalizer,
@@ -56,6 +56,8 @@ def topk_mask(scores: Sequence[Tensor], keep: int) -> list[Tensor]:
         ``best = torch.cat([s.flatten() for s in scores]).topk(keep).values.min()`` and
         ``[s >= best for s in scores]``
     """
+    if isinstance(scores, Tensor):
+        raise TypeError("expected scores to be a list of Tensors, got a Tensor")
     scores = list(scores)
     for i, s in enumerate(scores):
         check_float(f"scores[{i}]", s)
