@@ -13,7 +13,7 @@ SOURCES := $(shell find csrc cmake python -type f ! -name '*.pyc') CMakeLists.tx
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
 
-demo: $(VENV)/.package  ## train a small GPT dense and pruned, compare (5 minutes)
+demo: $(VENV)/.package  ## train a small GPT dense and pruned, compare (4 minutes)
 	$(BIN)/python examples/gpt.py
 
 test: $(VENV)/.package  ## run the test suite
