@@ -66,6 +66,7 @@ def train(args: argparse.Namespace, text: Tensor, prune: bool) -> report.Run:
             criterion=secateur.Taylor(ema=0.9),
             granularity=secateur.Block(args.block),
             schedule=secateur.Cubic(args.sparsity, begin, end, every),
+            scope=args.scope,
             exclude="head",  # 0.5 % of the weights
         )
         print(pruner)
@@ -98,6 +99,7 @@ def train(args: argparse.Namespace, text: Tensor, prune: bool) -> report.Run:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = common.options(__doc__, steps=1000, batch=16, lr=1e-3, sparsity=0.8, block=32)
     add = parser.add_argument
+    add("--scope", choices=("global", "layer"), default="global", help="who competes with whom")
     add("--context", type=common.whole(1, 4096), default=64, help="characters the model sees")
     add("--heads", type=common.whole(1), default=4, help="attention heads of 64 features")
     add("--depth", type=common.whole(1), default=4, help="transformer layers")

@@ -725,7 +725,7 @@ def test_frozen_parameters_are_listed_and_refused_only_where_named() -> None:
     pruner = Pruner(model, None, criterion=Taylor(), granularity=Element(), schedule=OneShot(0.5))
     assert list(pruner.masks) == ["0.weight", "5.weight"]
     assert pruner.skipped["3.weight"] == "frozen"
-    assert "3.weight (frozen)" in repr(pruner)
+    assert "left out (frozen): 3.weight" in repr(pruner)
     with pytest.raises(ValueError, match=r"got '3.weight' with requires_grad=False"):
         Pruner(
             model,
@@ -756,7 +756,7 @@ def test_the_plan_is_printed_before_anything_happens() -> None:
     plan = str(pruner)
     for part in ("Taylor", "Block(rows=8", "Cubic(sparsity=0.9", "'layer'", "48x20", "18 of 8x8"):
         assert part in plan
-    assert "1.weight (norm)" in plan
+    assert "left out (norm): 1.weight, 1.bias" in plan
 
 
 def test_due_steps_with_nothing_to_do_are_counted() -> None:

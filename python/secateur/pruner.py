@@ -21,6 +21,8 @@ from secateur.selection import Inputs, choose, measured, normalizer
 
 __all__ = ["Pruner", "prune_"]
 
+_LISTED = 4  # names of one kind that the plan shows; Pruner.skipped has them all
+
 
 class Pruner:
     """Prunes a model while it trains: masks are chosen just before an optimizer step.
@@ -43,6 +45,12 @@ class Pruner:
             stand for all weights inside. None: every weight of the model. A weight is a parameter
             of two dimensions or more that belongs to no norm and no embedding.
         exclude: name globs of the parameters or modules to leave out.
+
+    Attributes:
+        layers: what is pruned, one :class:`Layer` a parameter.
+        skipped: names of the parameters that are left out, and why.
+        step: the optimizer step that comes next; 0 is the first after the pruner was made.
+        idle_steps: due steps that had nothing left to prune.
 
     Raises:
         TypeError, ValueError: an argument is not what it should be, a glob matches nothing, the
@@ -94,9 +102,7 @@ class Pruner:
         self.schedule = schedule
         self.scope = scope
         self.step = 0
-        """The optimizer step that comes next."""
         self.idle_steps = 0
-        """Due steps that had nothing to prune."""
         self._masks_changed = False
         self._moves_dead = False  # whether the optimizer moves a weight whose gradient is zero
         self._in_update = False
@@ -240,9 +246,13 @@ class Pruner:
         if self.idle_steps:
             head += f", {self.idle_steps} due steps had nothing to do"
         lines = [head, *table]
-        if self.skipped:
-            left_out = ", ".join(f"{name} ({why})" for name, why in self.skipped.items())
-            lines.append(f"  left out: {left_out}")
+        reasons: dict[str, list[str]] = {}
+        for name, why in self.skipped.items():
+            reasons.setdefault(why, []).append(name)
+        for why, names in reasons.items():
+            listed = ", ".join(names[:_LISTED])
+            more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+            lines.append(f"  left out ({why}): {listed}{more}")
         return "\n".join(lines)
 
     def _settings(self) -> dict[str, str]:
