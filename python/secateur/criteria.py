@@ -39,6 +39,7 @@ class Criterion:
             score alone.
 
     Raises:
+        TypeError: ``ema`` is not a float, or the class has neither formula nor :meth:`measure`.
         ValueError: ``keep`` is neither, or ``ema`` lies outside (0, 1).
     """
 
@@ -53,8 +54,15 @@ class Criterion:
     def __post_init__(self) -> None:
         if self.keep not in ("largest", "smallest"):
             raise ValueError(f'expected keep to be "largest" or "smallest", got {self.keep!r}')
+        if self.ema is not None and not isinstance(self.ema, float):
+            raise TypeError(f"expected ema to be None or a float in (0, 1), got {self.ema!r}")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"expected ema to be None or a decay in (0, 1), got {self.ema!r}")
+        if self.formula == "given" and type(self).measure is Criterion.measure:
+            raise TypeError(
+                "expected a criterion with a formula or a measure() of its own, got "
+                f"{type(self).__name__}"
+            )
 
     @property
     def needs_gradient(self) -> bool:
@@ -76,7 +84,7 @@ class Criterion:
         Returns:
             Floating point, ``weight.shape``.
         """
-        raise NotImplementedError(f"{type(self).__name__} names no formula and has no measure()")
+        raise NotImplementedError(f"{type(self).__name__} scores by its formula")
 
     def given_state(
         self, name: str, moments: Mapping[str, Any], group: Mapping[str, Any]
@@ -159,7 +167,8 @@ class HessianDiagonal(Criterion):
             Fisher), with decay ``ema``. ``"adam"``: the second moment that the optimizer keeps
             (``exp_avg_sq``), bias-corrected. A mapping of parameter names to tensors of the
             parameters' shapes: h itself, for instance of ``secateur.hutchinson_diagonal``.
-        ema: decay of the Fisher average; None: g^2 of this step alone. Not used by the others.
+        ema: decay of the Fisher average; None: g^2 of this step alone. Not used by the others. With
+            gradient accumulation g is the sum over the step's micro-batches.
 
     Raises:
         ValueError: ``hessian`` is none of these.
@@ -206,13 +215,19 @@ class HessianDiagonal(Criterion):
                 raise ValueError(
                     f"expected the given hessian to hold {name!r}, got {sorted(self.hessian)}"
                 )
-            return self.hessian[name], 1.0
+            given = self.hessian[name]
+            if not isinstance(given, Tensor) or not given.is_floating_point():
+                kind = given.dtype if isinstance(given, Tensor) else type(given).__name__
+                raise TypeError(
+                    f"expected the hessian of {name!r} to be a floating-point Tensor, got {kind}"
+                )
+            return given, 1.0
         if self.hessian == "fisher":
             return None
         if "exp_avg_sq" not in moments or "betas" not in group:
             raise ValueError(
-                f"expected an Adam-like optimizer that holds exp_avg_sq of {name!r}, got "
-                f"{sorted(moments) or 'no state: prune after its first step (begin >= 1)'}"
+                f"expected an Adam-like optimizer that holds exp_avg_sq of {name!r} after a first "
+                f"step, got {sorted(moments) or 'no state'}"
             )
         beta2 = float(group["betas"][1])
         return moments["exp_avg_sq"], 1 - beta2 ** float(moments["step"])

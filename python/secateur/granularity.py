@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from secateur import ops
+
 __all__ = ["Block", "Element", "Granularity"]
 
-_REDUCTIONS = ("mean", "sum", "max", "l2")
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Element(Granularity):
 
 @dataclass(frozen=True)
 class Block(Granularity):
-    """Blocks of ``rows`` outputs x ``cols`` inputs.
+    """Blocks of ``rows`` x ``cols`` weights of the matrix; for Linear and Conv outputs x inputs.
 
     Args:
         rows, cols: size in weights, at least 1; ``cols`` defaults to ``rows``.
@@ -62,8 +63,10 @@ class Block(Granularity):
                 raise TypeError(f"expected {name} of a block to be an int, got {size!r}")
         if self.rows < 1 or self.cols < 1:
             raise ValueError(f"expected a block of at least 1 x 1, got {self.rows} x {self.cols}")
-        if self.reduce not in _REDUCTIONS:
-            raise ValueError(f"expected reduce to be one of {_REDUCTIONS}, got {self.reduce!r}")
+        if self.reduce not in ops.REDUCTIONS:
+            raise ValueError(
+                f"expected reduce to be one of {', '.join(ops.REDUCTIONS)}, got {self.reduce!r}"
+            )
 
     @property
     def reduction(self) -> str:

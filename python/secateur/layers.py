@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,17 +11,14 @@ from torch import Tensor, nn
 
 from secateur import ops
 from secateur.granularity import Granularity
+from secateur.ops._spec import FLOATS
 
-__all__ = ["Layer", "find_layers"]
+__all__ = ["Layer", "find_layers", "walk"]
 
-_NORMS = (
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-_EMBEDDING_NAMES = ("embed", "embedding", "embeddings", "token")  # of bare parameters
+# How bare parameters that are embeddings end: pos_embed, position_embedding, cls_token.
+_EMBEDDING_ENDINGS = ("embed", "embedding", "embeddings", "emb", "_token")
 
 
 @dataclass(eq=False)
@@ -37,7 +34,7 @@ class Layer:
         unit_bits: uint8, the packed mask of its units, row-major.
         alive, alive_units: how many weights and units live.
         state: running score, ``parameter.shape`` in the compute dtype; None before the first.
-        target: the sparsity last asked for, as a fraction of the units of its scope.
+        target: the sparsity last asked for, as a fraction of the units that compete with its own.
         floor_held: whether its best unit lives only because a layer keeps at least one.
     """
 
@@ -77,7 +74,7 @@ class Layer:
     @property
     def score_dtype(self) -> torch.dtype:
         """What its scores are computed in."""
-        return torch.float64 if self.parameter.dtype == torch.float64 else torch.float32
+        return ops.compute_dtype(self.parameter.dtype)
 
     @property
     def mask(self) -> Tensor:
@@ -107,47 +104,81 @@ class Layer:
         self.alive, self.alive_units = int(mask.sum()), int(units.sum())
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
-    """The user's own module inside DataParallel, DistributedDataParallel and torch.compile."""
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) as the user named them: DataParallel, DistributedDataParallel and
+    torch.compile are seen through. A module with several names comes once for each."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     inner: object = model
     while isinstance(inner, nn.Module):
         model = inner
-        wrapped = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+        wrapped = isinstance(model, wrappers)
         inner = model.module if wrapped else getattr(model, "_orig_mod", None)
-    return model
+    yield "", model
+    for child, module in model._modules.items():
+        for name, descendant in walk(module) if module is not None else ():
+            yield f"{child}.{name}" if name else child, descendant
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]:
-    """(name, parameter, kind) of each parameter of the user's own module; a tied one comes once."""
-    model = _unwrap(model)
-    embeddings = {
-        id(p) for m in model.modules() if isinstance(m, _EMBEDDINGS) for p in m.parameters(False)
-    }
-    seen: set[int] = set()
-    for module_name, module in model.named_modules():
+@dataclass
+class _Found:
+    """A parameter of the model: all its names, the first of which counts, and what it is."""
+
+    parameter: nn.Parameter
+    names: list[str]
+    kind: str
+
+
+def _parameters(model: nn.Module) -> list[_Found]:
+    found: dict[int, _Found] = {}
+    for module_name, module in walk(model):
         for leaf, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            if id(parameter) in embeddings or leaf.endswith(_EMBEDDING_NAMES):
-                kind = "embedding"
-            elif isinstance(module, _NORMS):
-                kind = "norm"
-            elif parameter.ndim < 2:
-                kind = "bias" if "bias" in leaf else "vector"
-            else:
-                kind = "weight"
-            parts = [*module_name.split("."), leaf]
-            yield ".".join(p for p in parts if p not in ("", "_orig_mod")), parameter, kind
+            name = f"{module_name}.{leaf}" if module_name else leaf
+            kind = _kind(module, leaf, parameter)
+            known = found.setdefault(id(parameter), _Found(parameter, [], kind))
+            known.names.append(name)
+            if kind == "embedding":  # a head that is tied to an embedding is one
+                known.kind = kind
+    return list(found.values())
 
 
-def _patterns(name: str, patterns: str | Sequence[str] | None) -> tuple[str, ...] | None:
-    if patterns is None:
+def _kind(module: nn.Module, leaf: str, parameter: nn.Parameter) -> str:
+    if isinstance(module, _EMBEDDINGS) or leaf.endswith(_EMBEDDING_ENDINGS):
+        return "embedding"
+    if isinstance(module, _NORMS):
+        return "norm"
+    if "bias" in leaf:
+        return "bias"
+    # A vector may be stored with more dimensions, to be broadcast: (C, 1, 1).
+    if parameter.ndim < 2 or (leaf != "weight" and sum(n > 1 for n in parameter.shape) < 2):
+        return "vector"
+    return "weight"
+
+
+def _globs(argument: str, globs: str | Sequence[str] | None) -> list[str] | None:
+    if globs is None:
         return None
-    patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
-    if not patterns or not all(isinstance(p, str) for p in patterns):
-        raise TypeError(f"expected {name} to be name globs such as 'blocks.*', got {patterns!r}")
-    return patterns
+    listed = [globs] if isinstance(globs, str) else globs
+    if not isinstance(listed, Iterable) or not all(isinstance(g, str) for g in listed):
+        raise TypeError(f"expected {argument} to be name globs such as 'blocks.*', got {globs!r}")
+    if not listed:
+        raise ValueError(f"expected {argument} to hold at least one name glob, got {globs!r}")
+    return list(listed)
+
+
+def _modules_of(name: str) -> list[str]:
+    """The modules that a parameter lies in: a, a.b of a.b.weight."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
+
+
+def _block_of(granularity: Granularity, matrix: tuple[int, int]) -> tuple[int, int]:
+    block = granularity.block(*matrix)
+    if len(block) != 2 or not all(isinstance(size, int) and size > 0 for size in block):
+        raise ValueError(
+            f"expected {granularity!r} to cut a matrix of {matrix[0]} x {matrix[1]} into blocks of "
+            f"(rows, cols), both at least 1, got {block!r}"
+        )
+    return block
 
 
 def find_layers(
@@ -167,56 +198,66 @@ def find_layers(
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(granularity, Granularity):
-        raise TypeError(f"expected a granularity such as Element() or Block(32), got {granularity}")
-    includes, excludes = _patterns("include", include), _patterns("exclude", exclude)
-    unmatched = set((includes or ()) + (excludes or ()))
+        raise TypeError(
+            f"expected a granularity such as Element() or Block(32), got {granularity!r}"
+        )
+    includes, excludes = _globs("include", include), _globs("exclude", exclude)
+    unmatched = {*(includes or ()), *(excludes or ())}
     layers: list[Layer] = []
     skipped: dict[str, str] = {}
-    names = []
 
-    def matches(patterns: tuple[str, ...] | None, targets: list[str]) -> bool:
-        hits = {p for p in patterns or () if any(fnmatch.fnmatchcase(t, p) for t in targets)}
+    def matches(globs: list[str] | None, targets: Iterable[str]) -> bool:
+        hits = {g for g in globs or () if any(fnmatch.fnmatchcase(t, g) for t in targets)}
         unmatched.difference_update(hits)
         return bool(hits)
 
-    for name, parameter, kind in _parameters(model):
-        names.append(name)
-        parts = name.split(".")
-        modules = [".".join(parts[:i]) for i in range(1, len(parts))]
-
+    parameters = _parameters(model)
+    for found in parameters:
+        name, parameter, kind = found.names[0], found.parameter, found.kind
+        modules = [module for alias in found.names for module in _modules_of(alias)]
         # A glob names parameters; one that names a module stands for all weights inside.
-        named = matches(includes, [name])
+        named = matches(includes, found.names)
         of_module = kind == "weight" and matches(includes, modules)
-        if matches(excludes, [name, *modules]):
+        if matches(excludes, [*found.names, *modules]):
             skipped[name] = "excluded"
         elif includes is not None and not (named or of_module):
             skipped[name] = "not included"
         elif includes is None and kind != "weight":
             skipped[name] = kind
-        elif not parameter.is_floating_point():
-            skipped[name] = f"dtype {parameter.dtype}"
         elif parameter.numel() == 0:
             skipped[name] = "empty"
-        elif not (parameter.requires_grad or frozen) and includes is not None:
-            raise ValueError(
-                f"expected the included parameters to be trainable, got {name!r} with "
-                "requires_grad=False"
-            )
-        elif not (parameter.requires_grad or frozen):
-            skipped[name] = "frozen"
+        elif reason := _unprunable(parameter, frozen):
+            if includes is not None:
+                raise ValueError(f"expected include to name what can be pruned, got {name!r}, {reason}")
+            skipped[name] = reason
         else:
             rows = parameter.shape[0] if parameter.ndim >= 2 else parameter.numel()
             matrix = (rows, parameter.numel() // rows)
-            layers.append(Layer(name, parameter, matrix, granularity.block(*matrix)))
+            layers.append(Layer(name, parameter, matrix, _block_of(granularity, matrix)))
 
     if unmatched:
+        names = [name for found in parameters for name in found.names]
         raise ValueError(
-            f"expected every glob of include and exclude to match a parameter, got no match for "
-            f"{sorted(unmatched)} among {names}"
+            "expected every glob of include and exclude to match a parameter, or a module with "
+            f"weights to prune, got no match for {sorted(unmatched)} among {names}"
         )
     if not layers:
         raise ValueError(
             "expected a model with weights to prune, got none"
             + (": " + ", ".join(f"{n} ({why})" for n, why in skipped.items()) if skipped else "")
         )
+    wide = {layer.name for layer in layers if layer.score_dtype == torch.float64}
+    if 0 < len(wide) < len(layers):
+        raise ValueError(
+            f"expected weights that are all float64 or none, got float64 only for {sorted(wide)}"
+        )
     return layers, skipped
+
+
+def _unprunable(parameter: nn.Parameter, frozen: bool) -> str:
+    """Why a parameter cannot be pruned; empty where it can."""
+    if parameter.dtype not in FLOATS:
+        return f"of dtype {parameter.dtype}"
+    if not (parameter.requires_grad or frozen):
+        return "frozen"
+    return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,12 +16,13 @@ from secateur import ops, surgery
 from secateur.criteria import Criterion
 from secateur.granularity import Granularity
 from secateur.layers import Layer, find_layers
-from secateur.schedules import OneShot, Schedule, Target, Threshold
+from secateur.schedules import Schedule, Target
 from secateur.scope import share_out
-from secateur.selection import Inputs, choose, measured, normalizer
+from secateur.selection import Inputs, choose, measured, non_finite, normalizer
 
 __all__ = ["Pruner", "prune_"]
 
+_VERSION = 1  # of state_dict()
 _LISTED = 4  # names of one kind that the plan shows; Pruner.skipped has them all
 
 
@@ -29,8 +31,8 @@ class Pruner:
 
     The model's parameters stay the dense parameters they were, zero where dead: no
     parametrization, no renamed keys. Gradients of dead weights are zeroed as they arrive, so
-    clipping sees the pruned network; weights and optimizer moments are zeroed when the masks
-    change, so that a dead weight stays exactly zero under any optimizer.
+    clipping sees the pruned network; weights and optimizer moments are zeroed after every update,
+    so that a dead weight stays exactly zero under any optimizer.
 
     Args:
         model: the module; wrappers (DataParallel, DistributedDataParallel, torch.compile) are seen
@@ -49,8 +51,8 @@ class Pruner:
     Attributes:
         layers: what is pruned, one :class:`Layer` a parameter.
         skipped: names of the parameters that are left out, and why.
-        step: the optimizer step that comes next; 0 is the first after the pruner was made.
-        idle_steps: due steps that had nothing left to prune.
+        steps: optimizer steps taken since the pruner was made: the schedule's clock.
+        idle_steps: due steps that had nothing to prune.
 
     Raises:
         TypeError, ValueError: an argument is not what it should be, a glob matches nothing, the
@@ -97,14 +99,18 @@ class Pruner:
         self.layers, self.skipped = find_layers(model, granularity, include, exclude)
         self.optimizer = optimizer
         self._check_parameters()
+        for layer in self.layers:
+            if _GradientMask.holds(layer.parameter):
+                raise ValueError(
+                    f"expected parameters that no other pruner prunes, got {layer.name!r}: "
+                    "remove() the other one first"
+                )
         self.criterion = criterion
         self.granularity = granularity
         self.schedule = schedule
         self.scope = scope
-        self.step = 0
+        self.steps = 0
         self.idle_steps = 0
-        self._masks_changed = False
-        self._moves_dead = False  # whether the optimizer moves a weight whose gradient is zero
         self._in_update = False
         self._handles: list[RemovableHandle] = []
         self._attach()
@@ -142,7 +148,8 @@ class Pruner:
         """Around a hand-rolled update of the weights, with the gradients in ``.grad``.
 
         Stands for one optimizer step: masks are chosen on entry, and what the update moved back to
-        life is zeroed on exit. A step of the optimizer inside is part of it.
+        life is zeroed on exit. A step of the optimizer inside is part of it; an update that raises
+        does not count.
         """
         self._before_update()
         self._in_update = True
@@ -150,8 +157,8 @@ class Pruner:
             yield
         finally:
             self._in_update = False
-        self._after_update()
-        self._mask_everything(self.layers)
+            self._mask_weights()
+        self._count_step()
 
     def remove(self) -> None:
         """Detach from model and optimizer. The weights stay as they are; dead ones can move again.
@@ -165,87 +172,94 @@ class Pruner:
     def state_dict(self) -> dict[str, Any]:
         """Masks, running scores and position in the schedule; tensors and plain values only."""
         return {
-            "version": 1,
+            "version": _VERSION,
             "settings": self._settings(),
-            "step": self.step,
+            "steps": self.steps,
             "idle_steps": self.idle_steps,
-            "masks": {layer.name: layer.bits.clone() for layer in self.layers},
-            "states": {
-                layer.name: layer.state.clone() for layer in self.layers if layer.state is not None
+            "layers": {
+                layer.name: {
+                    "bits": layer.bits.clone(),
+                    "state": None if layer.state is None else layer.state.clone(),
+                    "target": layer.target,
+                    "floor_held": layer.floor_held,
+                }
+                for layer in self.layers
             },
-            "targets": {layer.name: layer.target for layer in self.layers},
-            "floors": [layer.name for layer in self.layers if layer.floor_held],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken; weights and moments of the dead become zero.
 
+        Args:
+            state: of a pruner of the same criterion, granularity, schedule and scope.
+
         Raises:
-            ValueError: the state is of other settings, names or shapes. Nothing is changed then.
+            ValueError: the state is of other settings, names or shapes, or is no state. Nothing is
+                changed then.
         """
-        missing = {"version", "settings", "step", "masks", "states"} - set(state)
-        if missing:
-            raise ValueError(f"expected the state of a Pruner, got one without {sorted(missing)}")
-        if state["version"] != 1:
-            raise ValueError(f"expected a state of version 1, got {state['version']!r}")
+        _expect_keys("the state of a Pruner", state, self.state_dict())
+        if state["version"] != _VERSION:
+            raise ValueError(f"expected a state of version {_VERSION}, got {state['version']!r}")
+        _expect_keys("settings", state["settings"], self._settings())
         for key, ours in self._settings().items():
-            if state["settings"].get(key) != ours:
+            if state["settings"][key] != ours:
                 raise ValueError(
-                    f"expected a state saved with {key}={ours}, got {state['settings'].get(key)}"
+                    f"expected a state saved with {key}={ours}, got {state['settings'][key]}"
                 )
-        names = {layer.name for layer in self.layers}
-        if set(state["masks"]) != names:
-            raise ValueError(
-                f"expected masks of exactly {sorted(names)}, got {sorted(state['masks'])}"
-            )
-        masks = {}
-        for layer in self.layers:
-            device = layer.parameter.device
-            masks[layer.name] = ops.unpack_mask(state["masks"][layer.name].to(device), layer.shape)
-            running = state["states"].get(layer.name)
-            if running is not None and running.shape != layer.shape:
-                raise ValueError(
-                    f"expected a running score of shape {tuple(layer.shape)} for {layer.name!r}, "
-                    f"got {tuple(running.shape)}"
-                )
-        for layer in self.layers:
-            layer.set_mask(masks[layer.name])
-            running = state["states"].get(layer.name)
-            layer.state = None if running is None else running.to(layer.parameter.device).clone()
-            layer.target = state["targets"][layer.name]
-            layer.floor_held = layer.name in state["floors"]
-        self.step = state["step"]
-        self.idle_steps = state["idle_steps"]
-        self._mask_everything(self.layers)
+        for key in ("steps", "idle_steps"):
+            if type(state[key]) is not int or state[key] < 0:
+                raise ValueError(f"expected {key} to be a whole number, got {state[key]!r}")
+        _expect_keys("layers", state["layers"], {layer.name for layer in self.layers})
+        masks = [_check_layer(layer, state["layers"][layer.name]) for layer in self.layers]
+
+        for layer, mask in zip(self.layers, masks, strict=True):
+            saved = state["layers"][layer.name]
+            running = saved["state"]
+            layer.set_mask(mask)
+            layer.state = None if running is None else running.to(mask.device, copy=True)
+            layer.target, layer.floor_held = float(saved["target"]), saved["floor_held"]
+        self.steps, self.idle_steps = state["steps"], state["idle_steps"]
+        self._mask_weights()
+        self._mask_gradients()
 
     def __repr__(self) -> str:
         """The plan, and how far it has got."""
-        rows = [("parameter", "shape", "units", "target", "sparsity", "")]
-        final = getattr(self.schedule, "sparsity", None)
-        for layer in self.layers:
+        lines = [
+            f"Pruner after {self.steps} steps: {self.sparsity():.4f} of {self._numel():,} weights "
+            "are dead"
+            + (f"; {self.idle_steps} due steps had nothing to do" if self.idle_steps else "")
+        ]
+        lines += [f"  {key:<12} {value}" for key, value in self._settings().items()]
+        last = self.schedule.last
+        final = None if last is None else self.schedule.target(last)
+        to_prune = ["by score"] * len(self.layers)
+        if final is not None and final.sparsity is not None:
+            units = [layer.units for layer in self.layers]
+            for members, dead in share_out(self.scope, final.sparsity, units):
+                shared = f"{dead:,}"
+                if len(members) > 1:
+                    total = sum(units[i] for i in members)
+                    lines.append(f"  to prune     {dead:,} of {total:,} units, whichever they are")
+                    shared = "shared"
+                for i in members:
+                    to_prune[i] = shared
+        rows = [("parameter", "shape", "units", "to prune", "sparsity", "")]
+        for layer, share in zip(self.layers, to_prune, strict=True):
             rows.append(
                 (
                     layer.name,
                     "x".join(map(str, layer.shape)),
                     f"{layer.units:,} of {layer.block[0]}x{layer.block[1]}",
-                    "-" if final is None else f"{final:.4f}",
+                    share,
                     f"{layer.sparsity:.4f}",
                     "kept its best unit" if layer.floor_held else "",
                 )
             )
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        table = [
+        lines += [
             "  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
             for row in rows
         ]
-        settings = ", ".join(self._settings().values())
-        head = (
-            f"Pruner({settings}): step {self.step}, {self._numel():,} weights in "
-            f"{sum(layer.units for layer in self.layers):,} units, sparsity {self.sparsity():.4f}"
-        )
-        if self.idle_steps:
-            head += f", {self.idle_steps} due steps had nothing to do"
-        lines = [head, *table]
         reasons: dict[str, list[str]] = {}
         for name, why in self.skipped.items():
             reasons.setdefault(why, []).append(name)
@@ -290,25 +304,31 @@ class Pruner:
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         if not (self._in_update or _is_skipped(optimizer)):
-            self._after_update()
+            self._mask_weights()
+            self._count_step()
 
     @torch.no_grad()
     def _before_update(self) -> None:
-        self._mask_gradients(self.layers)
-        inputs = Inputs(self.step, self._gradient, self._given_state)
+        inputs = Inputs(self.steps, self._gradient, self._given_state)
         last = self.schedule.last
-        if self.criterion.accumulation and (last is None or self.step <= last):
-            for layer in self.layers:
-                self._observe(layer, inputs, *self.criterion.accumulation)
-        target = self.schedule.target(self.step)
+        if self.criterion.accumulation and (last is None or self.steps <= last):
+            self._observe(inputs, *self.criterion.accumulation)
+        target = self.schedule.target(self.steps)
         if target is not None:
+            if not isinstance(target, Target):
+                raise TypeError(
+                    f"expected {self.schedule!r} to ask for a Target or None, got {target!r}"
+                )
             self._prune(target, inputs)
 
     def _gradient(self, layer: Layer) -> Tensor | None:
         grad = layer.parameter.grad
-        # A fused optimizer unscales inside its step: here the gradient still carries GradScaler's.
+        # A fused optimizer unscales inside its step: here the gradient still carries GradScaler's
+        # scale, and half precision may hold neither the scale nor the quotient.
         scale = getattr(self.optimizer, "grad_scale", None)
-        return grad if grad is None or scale is None else grad / scale.to(grad.device, grad.dtype)
+        if grad is None or scale is None:
+            return grad
+        return grad.to(layer.score_dtype) / scale.to(grad.device)
 
     def _given_state(self, layer: Layer) -> tuple[Tensor, float] | None:
         if self.optimizer is None:
@@ -330,78 +350,91 @@ class Pruner:
                 "the pruner after that, or remove() it before"
             )
 
-    def _observe(self, layer: Layer, inputs: Inputs, decay: float, gain: float) -> None:
-        """Write this step's score into the running one."""
-        weight, grad = measured(self.criterion, layer, inputs)
-        if layer.state is None:
-            layer.state = torch.zeros_like(weight, dtype=layer.score_dtype)
-            decay, gain = 0.0, 1.0  # the average starts at the first observation
-        ops.observe_(
-            layer.state,
-            weight,
-            grad,
-            formula=self.criterion.formula,
-            decay=decay,
-            gain=gain,
-            normalizer=normalizer(self.criterion, layer),
-        )
+    def _observe(self, inputs: Inputs, decay: float, gain: float) -> None:
+        """Write this step's scores into the running ones; nothing where one is not finite."""
+        measurements = [measured(self.criterion, layer, inputs) for layer in self.layers]
+        for layer, tensors in zip(self.layers, measurements, strict=True):
+            # One NaN would stay in the running score for ever.
+            largest = nn.utils.get_total_norm([t for t in tensors if t is not None], math.inf)
+            if not largest.isfinite():
+                raise non_finite(layer, self.steps)
+        for layer, (weight, grad) in zip(self.layers, measurements, strict=True):
+            fresh = layer.state is None
+            if layer.state is None:
+                layer.state = torch.zeros_like(weight, dtype=layer.score_dtype)
+            elif layer.state.dtype != layer.score_dtype:  # the model was cast since
+                layer.state = layer.state.to(layer.score_dtype)
+            ops.observe_(
+                layer.state,
+                weight,
+                grad,
+                formula=self.criterion.formula,
+                # The average starts at the first observation.
+                decay=0.0 if fresh else decay,
+                gain=1.0 if fresh else gain,
+                normalizer=normalizer(self.criterion, layer),
+            )
 
     def _prune(self, target: Target, inputs: Inputs) -> None:
         self._check_parameters()
         choice = choose(self.layers, self.criterion, self.granularity, target, self.scope, inputs)
-        if not target.permanent:
-            for layer, units in zip(self.layers, choice.unit_bits, strict=True):
-                mask = layer.expand(ops.unpack_mask(units, layer.grid))
-                ops.mask_([layer.parameter], [ops.pack_mask(mask)])
-            return
-        changed = []
+        changed = False
         for layer, units, floor in zip(
             self.layers, choice.unit_bits, choice.floor_held, strict=True
         ):
-            layer.floor_held = floor or (layer.floor_held and torch.equal(units, layer.unit_bits))
+            same = torch.equal(units, layer.unit_bits)
+            changed |= not same
+            layer.floor_held = floor or (layer.floor_held and same)
             if target.sparsity is not None:
                 layer.target = target.sparsity
-            if not torch.equal(units, layer.unit_bits):
+            if target.permanent and not same:
                 layer.set_units(units)
-                changed.append(layer)
+            elif not target.permanent:
+                mask = layer.expand(ops.unpack_mask(units, layer.grid))
+                ops.mask_([layer.parameter], [ops.pack_mask(mask)])
         if changed:
-            self._mask_everything(changed)
-            self._masks_changed = True
-        else:
+            self._mask_weights()
+            self._mask_gradients()
+        elif target.sparsity != 0:  # a ramp begins at 0, where there is nothing to do
             self.idle_steps += 1
 
     @torch.no_grad()
-    def _after_update(self) -> None:
-        # With zero weight, gradient and moments most optimizers leave a weight at zero. Which do
-        # not shows in the first update after the masks change; those are masked after each update.
-        if self._masks_changed and not self._moves_dead:
-            self._moves_dead = any(self._revived(layer) for layer in self.layers)
-        self._masks_changed = False
-        if self._moves_dead:
-            self._mask_everything(self.layers)
-        self.step += 1
+    def _mask_weights(self) -> None:
+        """Zero the dead in weights and moments.
 
-    def _revived(self, layer: Layer) -> bool:
-        dead = ~layer.mask
-        return any(bool((t.ne(0) & dead).any()) for t in self._weight_and_moments(layer))
-
-    def _weight_and_moments(self, layer: Layer) -> list[Tensor]:
-        weight = layer.parameter
-        kept = [] if self.optimizer is None else surgery.moments(self.optimizer, weight)
-        return [weight, *kept]
-
-    def _mask_everything(self, layers: list[Layer]) -> None:
-        self._mask((t, layer) for layer in layers for t in self._weight_and_moments(layer))
-        self._mask_gradients(layers)
-
-    def _mask_gradients(self, layers: list[Layer]) -> None:
+        After every update, not only where an optimizer is known to move a weight whose gradient is
+        zero: it costs a fraction of a percent of a step, and holds for any optimizer, any learning
+        rate, and any state that is loaded into model or optimizer meanwhile.
+        """
         self._mask(
-            (layer.parameter.grad, layer) for layer in layers if layer.parameter.grad is not None
+            (tensor, layer)
+            for layer in self.layers
+            for tensor in (layer.parameter, *self._moments(layer))
         )
 
-    def _mask(self, pairs: Iterator[tuple[Tensor, Layer]]) -> None:
+    def _moments(self, layer: Layer) -> list[Tensor]:
+        if self.optimizer is None:
+            return []
+        return surgery.moments(self.optimizer, layer.parameter)
+
+    @torch.no_grad()
+    def _mask_gradients(self) -> None:
+        self._mask(
+            (layer.parameter.grad, layer)
+            for layer in self.layers
+            if layer.parameter.grad is not None
+        )
+
+    def _mask(self, pairs: Iterable[tuple[Tensor, Layer]]) -> None:
         dead = [(t, layer.bits) for t, layer in pairs if layer.alive < t.numel()]
         ops.mask_([t for t, _ in dead], [bits for _, bits in dead])
+
+    def _count_step(self) -> None:
+        self.steps += 1
+        last = self.schedule.last
+        if last is not None and self.steps > last:
+            for layer in self.layers:
+                layer.state = None  # nothing will ask for it again
 
 
 class _GradientMask:
@@ -410,9 +443,49 @@ class _GradientMask:
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
 
+    @classmethod
+    def holds(cls, parameter: Tensor) -> bool:
+        """Whether a pruner's hook hangs on the parameter."""
+        hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+        return any(isinstance(hook, cls) for hook in hooks.values())
+
     def __call__(self, parameter: Tensor) -> None:
         if parameter.grad is not None and self.layer.alive < parameter.numel():
             ops.mask_([parameter.grad], [self.layer.bits])
+
+
+def _expect_keys(what: str, got: object, expected: Iterable[str]) -> None:
+    keys = set(expected)
+    if not isinstance(got, Mapping) or set(got) != keys:
+        found = sorted(map(str, got)) if isinstance(got, Mapping) else repr(got)
+        raise ValueError(f"expected {what} to hold exactly {sorted(keys)}, got {found}")
+
+
+def _check_layer(layer: Layer, saved: Mapping[str, Any]) -> Tensor:
+    """The mask in a layer's saved state; ValueError where the state does not fit the layer."""
+    name = layer.name
+    _expect_keys(f"the state of {name!r}", saved, ("bits", "state", "target", "floor_held"))
+    bits, running, target = saved["bits"], saved["state"], saved["target"]
+    if not isinstance(bits, Tensor):
+        raise ValueError(f"expected the bits of {name!r} to be a Tensor, got {bits!r}")
+    mask = ops.unpack_mask(bits.to(layer.parameter.device), layer.shape)
+    if running is not None and (
+        not isinstance(running, Tensor)
+        or running.shape != layer.shape
+        or running.dtype != layer.score_dtype
+    ):
+        got = (running.dtype, tuple(running.shape)) if isinstance(running, Tensor) else running
+        raise ValueError(
+            f"expected a running score of {layer.score_dtype} {tuple(layer.shape)} for {name!r}, "
+            f"got {got}"
+        )
+    if not isinstance(target, float) or not 0 <= target < 1:
+        raise ValueError(f"expected the target of {name!r} to be in [0, 1), got {target!r}")
+    if not isinstance(saved["floor_held"], bool):
+        raise ValueError(
+            f"expected floor_held of {name!r} to be a bool, got {saved['floor_held']!r}"
+        )
+    return mask
 
 
 def _is_skipped(optimizer: Optimizer) -> bool:
@@ -443,12 +516,15 @@ def prune_(
 
     Args:
         model, criterion, granularity, scope, include, exclude: as for :class:`Pruner`; frozen
-            parameters are pruned too. Criteria that need gradients take them from ``.grad``.
+            parameters are pruned too. Criteria that need gradients take them from ``.grad``;
+            one that averages over steps has this one observation. Weights that are zero already
+            are scored like any other.
         sparsity: fraction of the units to prune, in [0, 1).
         threshold: prune every unit with a score below it. Exactly one of the two is given.
 
     Returns:
-        bool masks by parameter name, True = alive.
+        bool masks by parameter name, True = alive. Each layer keeps its best unit, whatever the
+        target.
 
     Raises:
         TypeError, ValueError: as for :class:`Pruner`; a missing gradient; NaN or Inf scores.
@@ -457,16 +533,8 @@ def prune_(
     Equivalent to (Magnitude, Element, scope "layer"):
         ``w.view(-1)[w.abs().view(-1).argsort(stable=True)[:round(sparsity * w.numel())]] = 0``
     """
-    if (sparsity is None) == (threshold is None):
-        raise ValueError(
-            f"expected one of sparsity and threshold, got sparsity={sparsity}, "
-            f"threshold={threshold}"
-        )
+    target = Target(sparsity=sparsity, threshold=threshold)
     _check_policy(criterion, scope)
-    if threshold is not None:
-        target = Target(threshold=Threshold(threshold).epsilon)
-    else:
-        target = Target(sparsity=OneShot(sparsity or 0.0).sparsity)
     layers, _ = find_layers(model, granularity, include, exclude, frozen=True)
     inputs = Inputs(
         0,

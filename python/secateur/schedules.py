@@ -1,4 +1,4 @@
-"""Schedules: when to prune, and how far. Steps are optimizer steps; 0 is the first.
+"""Schedules: when to prune, and how far. Steps are optimizer steps; 0 is the pruner's first.
 
 To add a schedule, subclass :class:`Schedule` (or :class:`Ramp`, for a sparsity that grows from 0)
 and say what each due step asks for.
@@ -25,15 +25,32 @@ __all__ = [
 class Target:
     """What a due step asks for: a sparsity, or a threshold on the scores.
 
-    Attributes:
-        sparsity: fraction of the units to be dead, in [0, 1); None with a threshold.
-        threshold: units with a score below it die (above it, where the smallest are kept).
+    Args:
+        sparsity: fraction of the units to be dead, in [0, 1); or
+        threshold: units with a score below it die (above it, where the smallest are kept). Exactly
+            one of the two is given.
         permanent: whether the dead stay dead, or are zeroed once and left free.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it should be.
     """
 
     sparsity: float | None = None
     threshold: float | None = None
     permanent: bool = True
+
+    def __post_init__(self) -> None:
+        if (self.sparsity is None) == (self.threshold is None):
+            raise ValueError(
+                f"expected one of sparsity and threshold, got sparsity={self.sparsity!r} and "
+                f"threshold={self.threshold!r}"
+            )
+        if self.sparsity is not None:
+            _check_sparsity(self.sparsity)
+        if self.threshold is not None:
+            _check_threshold("threshold", self.threshold)
+        if not isinstance(self.permanent, bool):
+            raise TypeError(f"expected permanent to be a bool, got {self.permanent!r}")
 
 
 def _check_sparsity(sparsity: float) -> None:
@@ -42,6 +59,13 @@ def _check_sparsity(sparsity: float) -> None:
     if not 0 <= sparsity < 1:
         hint = f"; for {sparsity} % write {sparsity / 100}" if 1 < sparsity < 100 else ""
         raise ValueError(f"expected sparsity to be a fraction in [0, 1), got {sparsity!r}{hint}")
+
+
+def _check_threshold(name: str, threshold: float) -> None:
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+        raise TypeError(f"expected {name} to be a number, got {threshold!r}")
+    if not math.isfinite(threshold):
+        raise ValueError(f"expected {name} to be finite, got {threshold!r}")
 
 
 def _check_step(name: str, step: int, least: int = 0) -> None:
@@ -189,10 +213,7 @@ class Threshold(Schedule):
     permanent: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.epsilon, bool) or not isinstance(self.epsilon, (int, float)):
-            raise TypeError(f"expected epsilon to be a number, got {self.epsilon!r}")
-        if not math.isfinite(self.epsilon):
-            raise ValueError(f"expected epsilon to be finite, got {self.epsilon!r}")
+        _check_threshold("epsilon", self.epsilon)
         _check_step("begin", self.begin)
         _check_step("every", self.every, least=1)
         if self.end is not None:

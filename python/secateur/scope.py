@@ -38,6 +38,6 @@ def share_out(scope: str, sparsity: float, units: Sequence[int]) -> list[Share]:
     Raises:
         ValueError: an unknown scope.
     """
-    if scope not in SCOPES:
+    if not isinstance(scope, str) or scope not in SCOPES:
         raise ValueError(f"expected scope to be one of {sorted(SCOPES)}, got {scope!r}")
     return SCOPES[scope](sparsity, units)

@@ -15,7 +15,7 @@ from secateur.layers import Layer
 from secateur.schedules import Target
 from secateur.scope import share_out
 
-__all__ = ["Choice", "Inputs", "choose", "measured", "normalizer"]
+__all__ = ["Choice", "Inputs", "choose", "measured", "non_finite", "normalizer"]
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,20 @@ def measured(criterion: Criterion, layer: Layer, inputs: Inputs) -> tuple[Tensor
                 "after backward() and before zero_grad(), and exclude parameters that the loss "
                 "does not reach"
             )
-    if criterion.formula == "given":
-        return criterion.measure(weight, grad), None
-    return weight, grad
+        if grad.dtype != weight.dtype:  # unscaled beyond the weight's range
+            weight = weight.to(grad.dtype)
+    if criterion.formula != "given":
+        return weight, grad
+    scores = criterion.measure(weight, grad)
+    if not (
+        isinstance(scores, Tensor) and scores.shape == weight.shape and scores.is_floating_point()
+    ):
+        got = f"{scores.dtype} {tuple(scores.shape)}" if isinstance(scores, Tensor) else scores
+        raise ValueError(
+            f"expected {type(criterion).__name__}.measure to return floating-point scores of shape "
+            f"{tuple(weight.shape)} for {layer.name!r}, got {got}"
+        )
+    return scores.to(layer.score_dtype), None
 
 
 def normalizer(criterion: Criterion, layer: Layer) -> float:
@@ -72,6 +83,14 @@ def normalizer(criterion: Criterion, layer: Layer) -> float:
     sums = ops.score(weight, formula="magnitude", block=(1, cols), reduce="sum")
     total = ops.score(sums, formula="magnitude", block=(rows, 1), reduce="sum").item()
     return total if total > 0 else 1.0  # an all-zero layer: p = 0 whatever the sum
+
+
+def non_finite(layer: Layer, step: int) -> ValueError:
+    """The error for a layer whose scores are not finite at ``step``."""
+    return ValueError(
+        f"expected finite scores, got NaN or Inf in {layer.name!r} at step {step}: the run has "
+        "diverged, nothing was pruned"
+    )
 
 
 class _Candidates:
@@ -140,11 +159,7 @@ class _Candidates:
                 **limit,
             )
         except ops.NonFiniteScoreError as error:
-            name = self.layers[members[error.index]].name
-            raise ValueError(
-                f"expected finite scores, got NaN or Inf in {name!r} at step {self.step}: the run "
-                "has diverged, nothing was pruned"
-            ) from error
+            raise non_finite(self.layers[members[error.index]], self.step) from error
 
     def keep_best(self, members: Sequence[int], keep: int) -> tuple[dict[int, Tensor], set[int]]:
         """The ``keep`` best units over ``members``, but at least the best one of each.
@@ -157,7 +172,7 @@ class _Candidates:
         free = list(members)
         while free:
             # A layer that would lose everything keeps its best unit at the cost of the others.
-            room = max(keep - len(floored), len(free))
+            room = max(keep - len(floored), 0)
             chosen.update(zip(free, self.select(free, keep=room), strict=True))
             emptied = [i for i in free if not chosen[i].any()]
             for i in emptied:
