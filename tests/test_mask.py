@@ -39,6 +39,20 @@ BITS = torch.zeros(1, dtype=torch.uint8)
         (lambda: ops.unpack_mask(BITS.int(), (8,)), ValueError, "got torch.int32"),
         (lambda: ops.mask_([torch.ones(9)], [BITS]), ValueError, r"bits\[0\] to be 2 bytes"),
         (lambda: ops.mask_([torch.ones(8)], []), ValueError, "1 tensors and 0 masks"),
+        (
+            lambda: ops.mask_([torch.ones(1).expand(8)], [BITS]),
+            ValueError,
+            r"tensors\[0\] .* do not share memory, got strides \(0,\)",
+        ),
+        (
+            lambda: ops.mask_([torch.ones([2] * 9).permute(*range(8, -1, -1))], [BITS]),
+            ValueError,
+            r"tensors\[0\] to have at most 8 dimensions .* got 9",
+        ),
+        (lambda: ops.mask_([None], [BITS]), TypeError, r"tensors\[0\] to be a Tensor"),
+        (lambda: ops.mask_([torch.ones(8)], [None]), TypeError, r"bits\[0\] to be a Tensor"),
+        (lambda: ops.mask_(torch.ones(1, 8), [BITS]), TypeError, "tensors to be a list"),
+        (lambda: ops.unpack_mask([1], (8,)), TypeError, "bits to be a Tensor, got list"),
         (lambda: ops.mask_([torch.arange(8)], [BITS]), TypeError, r"tensors\[0\] .* torch.int64"),
     ],
 )

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from secateur import _C, ops
+from secateur import ops
 from secateur.ops._spec import OpSpec
 
 CPU = torch.device("cpu")
@@ -30,14 +29,6 @@ CASES = [
     for spec in ops.SPECS
     for dtype in spec.dtypes
 ]
-
-
-@pytest.fixture(params=_C.supported_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
 
 
 def check_close(actual: Any, expected: Any, exact: bool, case: str) -> None:
@@ -69,15 +60,14 @@ def test_matches_reference(spec: OpSpec, dtype: torch.dtype, isa: str) -> None:
         check_close((got, ours), (want, theirs), spec.exact, sample.name)
 
 
+@pytest.mark.usefixtures("restore")
 @pytest.mark.parametrize(("spec", "dtype"), CASES)
 def test_thread_count_does_not_matter(spec: OpSpec, dtype: torch.dtype) -> None:
-    threads = torch.get_num_threads()
     results = []
     for count in (1, 2):
         torch.set_num_threads(count)
         args = [copy.deepcopy(s.args) for s in spec.samples(dtype, CPU)]
         results.append(([spec.op(*a) for a in args], args))
-    torch.set_num_threads(threads)
     check_close(results[1], results[0], exact=True, case="1 and 2 threads")
 
 

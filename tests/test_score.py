@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -29,14 +29,6 @@ ROUNDINGS = {
     "movement": 1,
     "random": 0,
 }
-
-
-@pytest.fixture(params=_C.supported_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -185,11 +177,12 @@ def test_strided_is_by_logical_index() -> None:
                 assert torch.equal(got, ops.score(w.contiguous(), g, formula=formula, block=block))
 
 
+@pytest.mark.usefixtures("restore")
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("formula", ops.FORMULAS)
 def test_same_bits_on_any_isa_and_threads(formula: str, dtype: torch.dtype) -> None:
     w, g = randn(301, 1103, dtype=dtype), randn(301, 1103, seed=1, dtype=dtype)
-    before, threads, results = _C.isa(), torch.get_num_threads(), []
+    results = []
     for isa in _C.supported_isas():
         _C.set_isa(isa)
         for count in (1, 2, 3):
@@ -201,8 +194,6 @@ def test_same_bits_on_any_isa_and_threads(formula: str, dtype: torch.dtype) -> N
                     for b, r in calls
                 ]
             )
-    _C.set_isa(before)
-    torch.set_num_threads(threads)
     for result in results[1:]:
         for got, want in zip(result, results[0], strict=True):
             assert torch.equal(got, want)
@@ -295,6 +286,9 @@ W = torch.ones(4, 6)
         ({"grad": W[:, 1:]}, ValueError, r"grad to have the shape.*\(4, 6\).*\(4, 5\)"),
         ({"grad": W.double()}, TypeError, "grad to be torch.float32.*float64"),
         ({"grad": W.to("meta")}, ValueError, "grad on the device.*cpu.*meta"),
+        ({"weight": [1.0]}, TypeError, "weight to be a Tensor, got list"),
+        ({"grad": [1.0]}, TypeError, "grad to be a Tensor, got list"),
+        ({"state": 1.0}, TypeError, "state to be a Tensor, got float"),
         ({"state": W.half()}, TypeError, "state to be torch.float32.*float16"),
         ({"state": W.t()}, ValueError, r"state to have the shape"),
         ({"block": (0, 1)}, ValueError, r"at least 1, got \(0, 1\)"),
@@ -318,6 +312,7 @@ def test_bad_score(change: dict[str, Any], error: type[Exception], match: str) -
         ({"formula": "random"}, "measures weights or gradients, got 'random'"),
         ({"formula": "obd"}, "grad for formula 'obd', got None"),
         ({"state": torch.zeros(3)}, "state to have the shape"),
+        ({"state": torch.zeros(6).expand(4, 6)}, r"do not share memory, got strides \(0, 1\)"),
         ({"decay": math.nan}, "finite decay and gain, got nan and 0.1"),
         ({"gain": math.inf}, "finite decay and gain, got 0.9 and inf"),
         ({"normalizer": -1.0}, "normalizer to be a positive"),
@@ -330,3 +325,17 @@ def test_bad_average(change: dict[str, Any], match: str) -> None:
         with pytest.raises(ValueError, match=match):
             op(**(call | change))
     assert (state == 1).all()
+
+
+def test_more_dimensions_than_kernels_walk() -> None:
+    w = randn(*[2] * 9).permute(*range(8, -1, -1))
+    assert torch.equal(
+        ops.score(w, w, w, formula="obd"), ops.score(w.contiguous(), w, w, formula="obd")
+    )
+    state = torch.zeros_like(w.contiguous())
+    ops.observe_(state, w, formula="given", decay=0.0, gain=1.0)
+    assert torch.equal(state, w)
+    scattered = torch.zeros([2] * 9).permute(*range(8, -1, -1))
+    for op in (ops.score_update_, ops.observe_):
+        with pytest.raises(ValueError, match="at most 8 dimensions.*got 9"):
+            op(scattered, w, formula="given", decay=0.0, gain=1.0)

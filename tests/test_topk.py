@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -21,14 +21,6 @@ MEDIUM = 300_000  # enough for a sample, an interval and candidates
 LARGE = 2_000_000
 INF = math.inf
 NAN = math.nan
-
-
-@pytest.fixture(params=_C.supported_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
 
 
 def by_sort(scores: Sequence[Tensor], keep: int) -> list[Tensor]:
@@ -136,14 +128,6 @@ def adversarial(n: int, dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: t.to(dtype) for name, t in cases.items()}
 
 
-@pytest.fixture
-def restore() -> Iterator[None]:
-    before, threads = _C.isa(), torch.get_num_threads()
-    yield
-    _C.set_isa(before)
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.usefixtures("restore")
 @pytest.mark.parametrize(
     ("name", "dtype", "size"),
@@ -221,6 +205,8 @@ ONE = torch.ones(4)
         ([ONE, ONE.double()], 1, TypeError, r"one dtype.*float32.*scores\[1\].*float64"),
         (ONE, 1, TypeError, "list of Tensors, got a Tensor"),
         ([1.0], 1, TypeError, r"scores\[0\] to be a Tensor, got float"),
+        ([None], 1, TypeError, r"scores\[0\] to be a Tensor, got NoneType"),
+        (None, 1, TypeError, "list of Tensors, got NoneType"),
         ([ONE.int()], 1, TypeError, r"scores\[0\] to be float32.*got torch.int32"),
         ([ONE, ONE.to("meta")], 1, ValueError, r"one device.*cpu.*scores\[1\].*meta"),
     ],
@@ -332,6 +318,13 @@ def test_overflowing_scores_are_named() -> None:
         ops.select([torch.tensor([1e30])], [torch.tensor([1e30])], formula="taylor", keep=1)
 
 
+def test_more_dimensions_than_kernels_walk() -> None:
+    nine = randn(*[2] * 9).permute(*range(8, -1, -1))
+    assert_same(ops.topk_mask([nine], 100), by_sort([nine], 100))
+    (mask,) = ops.select([nine], [nine], [nine], formula="given", keep=100)
+    assert_same(unpacked([mask], [nine]), by_sort([nine], 100))
+
+
 def test_select_nothing() -> None:
     assert ops.select([], formula="magnitude", keep=0) == []
 
@@ -361,6 +354,13 @@ def bad(**change: Any) -> Callable[[], list[Tensor]]:
         (bad(alive=[ONE, ONE]), ValueError, r"alive\[0\] to be 1 bytes \(uint8\).*float32"),
         (bad(alive=[torch.zeros(1, dtype=torch.uint8)] * 2), ValueError, "0, the number of alive"),
         (bad(normalizers=[1.0, 0.0]), ValueError, r"normalizers\[1\] to be a positive.*got 0.0"),
+        (bad(keep=None, threshold=True), TypeError, "threshold to be a number, got True"),
+        (bad(keep=None, threshold="1"), TypeError, "threshold to be a number, got '1'"),
+        (bad(weights=ONE), TypeError, "weights to be a list of Tensors, got a Tensor"),
+        (bad(weights=[ONE, None]), TypeError, r"weights\[1\] to be a Tensor, got NoneType"),
+        (bad(grads=[ONE, None]), TypeError, r"grads\[1\] to be a Tensor, got NoneType"),
+        (bad(alive=[None, None]), TypeError, r"alive\[0\] to be a Tensor, got NoneType"),
+        (bad(grads=ONE), TypeError, "grads to be a list of Tensors, got a Tensor"),
         (bad(seeds=[1, 2.0]), TypeError, r"seeds\[1\] to be an int, got 2.0"),
         (bad(seeds=[1, 2**63]), ValueError, r"seeds\[1\] to fit in 64 bits"),
     ],

@@ -12,16 +12,25 @@ from secateur.ops import topk as _topk
 from secateur.ops._spec import OpSpec
 from secateur.ops.block_sparse import block_sparse_linear
 from secateur.ops.mask import mask_, pack_mask, unpack_mask
-from secateur.ops.score import FORMULAS, observe_, score, score_update_
+from secateur.ops.score import (
+    FORMULAS,
+    REDUCTIONS,
+    compute_dtype,
+    observe_,
+    score,
+    score_update_,
+)
 from secateur.ops.topk import NonFiniteScoreError, select, topk_mask
 
 SPECS: tuple[OpSpec, ...] = (*_mask.SPECS, *_score.SPECS, *_topk.SPECS, *_block_sparse.SPECS)
 
 __all__ = [
     "FORMULAS",
+    "REDUCTIONS",
     "SPECS",
     "NonFiniteScoreError",
     "block_sparse_linear",
+    "compute_dtype",
     "mask_",
     "observe_",
     "pack_mask",

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from secateur.ops._spec import FLOATS
 
+MAX_DIMS = 8  # kMaxDims in csrc/common/view.h
+
+
+def check_tensor(name: str, t: object) -> None:
+    """TypeError unless ``t``, called ``name``, is a Tensor."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"expected {name} to be a Tensor, got {type(t).__name__}")
+
+
+def check_list(name: str, tensors: object) -> None:
+    """TypeError unless ``tensors``, called ``name``, is a list or tuple."""
+    if not isinstance(tensors, Sequence) or isinstance(tensors, str):
+        what = "a Tensor" if isinstance(tensors, Tensor) else type(tensors).__name__
+        raise TypeError(f"expected {name} to be a list of Tensors, got {what}")
+
 
 def check_float(name: str, t: Tensor) -> None:
     """TypeError unless ``t``, called ``name``, is a Tensor of a dtype that the kernels have."""
-    if not isinstance(t, Tensor):
-        raise TypeError(f"expected {name} to be a Tensor, got {type(t).__name__}")
+    check_tensor(name, t)
     if t.dtype not in FLOATS:
         raise TypeError(
             f"expected {name} to be float32, bfloat16, float16 or float64, got {t.dtype}"
@@ -20,7 +36,35 @@ def check_float(name: str, t: Tensor) -> None:
 
 def check_bool(name: str, t: Tensor) -> None:
     """TypeError unless ``t``, called ``name``, is a bool Tensor."""
-    if not isinstance(t, Tensor):
-        raise TypeError(f"expected {name} to be a Tensor, got {type(t).__name__}")
+    check_tensor(name, t)
     if t.dtype != torch.bool:
         raise TypeError(f"expected {name} to be torch.bool, got {t.dtype}")
+
+
+def check_writable(name: str, t: Tensor) -> None:
+    """ValueError unless a kernel can write every element of ``t``, called ``name``, in place."""
+    if any(size > 1 and stride == 0 for size, stride in zip(t.shape, t.stride(), strict=True)):
+        raise ValueError(
+            f"expected {name} to be a tensor whose elements do not share memory, got strides "
+            f"{t.stride()} for shape {tuple(t.shape)}"
+        )
+    if _merged_dims(t) > MAX_DIMS:
+        raise ValueError(
+            f"expected {name} to have at most {MAX_DIMS} dimensions that cannot be merged, "
+            f"got {_merged_dims(t)}"
+        )
+
+
+def readable(t: Tensor) -> Tensor:
+    """``t``, or a contiguous copy where it has more dimensions than kernels can walk."""
+    return t if t.dim() <= MAX_DIMS or _merged_dims(t) <= MAX_DIMS else t.contiguous()
+
+
+def _merged_dims(t: Tensor) -> int:
+    """How many dimensions are left when neighbours that are contiguous are merged."""
+    count, previous = 0, None
+    for size, stride in zip(t.shape, t.stride(), strict=True):
+        if size != 1:
+            count += previous != size * stride
+            previous = stride
+    return count

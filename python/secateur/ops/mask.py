@@ -7,7 +7,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from secateur.ops._checks import check_bool, check_float
+from secateur.ops._checks import (
+    check_bool,
+    check_float,
+    check_list,
+    check_tensor,
+    check_writable,
+)
 from secateur.ops._spec import OpSpec, Sample
 
 
@@ -43,11 +49,13 @@ def unpack_mask(bits: Tensor, shape: Sequence[int]) -> Tensor:
         bool of shape ``shape``.
 
     Raises:
+        TypeError: ``bits`` is not a Tensor.
         ValueError: ``bits`` is not what ``shape`` needs.
 
     Equivalent to:
         ``numpy.unpackbits(bits, count=n, bitorder="little").reshape(shape)``
     """
+    check_tensor("bits", bits)
     numel = torch.Size(shape).numel()
     if bits.dtype != torch.uint8 or bits.shape != ((numel + 7) // 8,):
         raise ValueError(
@@ -66,18 +74,23 @@ def mask_(tensors: Sequence[Tensor], bits: Sequence[Tensor]) -> None:
         bits: for each tensor its mask from :func:`pack_mask`.
 
     Raises:
-        TypeError: a tensor is not floating point. Nothing is changed then.
-        ValueError: a mask does not fit its tensor, or the counts differ. Nothing is changed then.
+        TypeError: a tensor is not floating point, or no tensor. Nothing is changed then.
+        ValueError: a mask does not fit its tensor, the counts differ, or elements of a tensor share
+            memory (as after ``expand``). Nothing is changed then.
 
     Equivalent to:
         ``for t, b in zip(tensors, bits): t.masked_fill_(~unpack_mask(b, t.shape), 0)``
     """
+    check_list("tensors", tensors)
+    check_list("bits", bits)
     if len(tensors) != len(bits):
         raise ValueError(
             f"expected one mask a tensor, got {len(tensors)} tensors and {len(bits)} masks"
         )
     for i, (t, b) in enumerate(zip(tensors, bits, strict=True)):
         check_float(f"tensors[{i}]", t)
+        check_writable(f"tensors[{i}]", t)
+        check_tensor(f"bits[{i}]", b)
         if b.dtype != torch.uint8 or b.shape != ((t.numel() + 7) // 8,) or b.device != t.device:
             raise ValueError(
                 f"expected bits[{i}] to be {(t.numel() + 7) // 8} bytes (uint8) on {t.device} for "
@@ -87,7 +100,7 @@ def mask_(tensors: Sequence[Tensor], bits: Sequence[Tensor]) -> None:
     if not tensors:  # the dispatcher finds a kernel by the tensors it is given
         return
     with torch.no_grad():
-        torch.ops.secateur.mask_(list(tensors), list(bits))
+        torch.ops.secateur.mask_(list(tensors), [b.contiguous() for b in bits])
     # Ops of the stable ABI do not do this themselves.
     torch.autograd.graph.increment_version(tensors)
 

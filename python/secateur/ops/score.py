@@ -30,7 +30,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from secateur.ops._checks import check_float
+from secateur.ops._checks import check_float, check_tensor, check_writable, readable
 from secateur.ops._spec import OpSpec, Sample
 
 FORMULAS: tuple[str, ...] = (
@@ -101,7 +101,14 @@ def score(
     check_seed("seed", seed)
     with torch.no_grad():
         scores: Tensor = torch.ops.secateur.score(
-            weight, grad, state, formula, *block, reduce, float(normalizer), seed
+            readable(weight),
+            None if grad is None else readable(grad),
+            None if state is None else readable(state),
+            formula,
+            *block,
+            reduce,
+            float(normalizer),
+            seed,
         )
     return scores
 
@@ -122,7 +129,8 @@ def score_update_(
 
     ``state <- decay * state + gain * observe(weight, grad)``, then ``finish(state, weight)``
     reduced to blocks. The other arguments, the result and the errors are those of :func:`score`;
-    ``normalizer`` serves ``"entropy"`` only; ``"random"`` is not a measurement and is refused.
+    ``normalizer`` serves ``"entropy"`` only; ``"random"`` is not a measurement and is refused, and
+    so is a ``state`` whose elements share memory.
 
     Equivalent to:
         ``state.mul_(decay).add_(observed, alpha=gain)`` followed by :func:`score` with ``state``
@@ -132,8 +140,8 @@ def score_update_(
     with torch.no_grad():
         scores: Tensor = torch.ops.secateur.score_update_(
             state,
-            weight,
-            grad,
+            readable(weight),
+            None if grad is None else readable(grad),
             formula,
             float(decay),
             float(gain),
@@ -163,7 +171,13 @@ def observe_(
     _check_update(state, weight, grad, formula, decay, gain, normalizer)
     with torch.no_grad():
         torch.ops.secateur.observe_(
-            state, weight, grad, formula, float(decay), float(gain), float(normalizer)
+            state,
+            readable(weight),
+            None if grad is None else readable(grad),
+            formula,
+            float(decay),
+            float(gain),
+            float(normalizer),
         )
     torch.autograd.graph.increment_version(state)
 
@@ -192,6 +206,7 @@ def check_seed(name: str, seed: int) -> None:
 
 def check_like(name: str, t: Tensor, of: str, weight: Tensor, dtype: torch.dtype) -> None:
     """Check that ``t`` is of ``dtype`` and otherwise matches ``weight``, called ``of``."""
+    check_tensor(name, t)
     if t.dtype != dtype:
         raise TypeError(f"expected {name} to be {dtype} ({of} is {weight.dtype}), got {t.dtype}")
     if t.shape != weight.shape:
@@ -245,6 +260,7 @@ def _check_update(
     _check_weight(weight)
     _check_grad(weight, grad, needed=True, formula=formula)
     _check_state(weight, state)
+    check_writable("state", state)
     if not (math.isfinite(decay) and math.isfinite(gain)):
         raise ValueError(f"expected finite decay and gain, got {decay} and {gain}")
     check_normalizer("normalizer", normalizer)
@@ -433,6 +449,7 @@ def observe_reference_(
 
 
 _SHAPES = ((), (0,), (1,), (7,), (5, 13), (33, 40), (3, 0, 4), (6, 5, 3, 3), (2, 2100), (1500, 2))
+_LARGE = (70001,)  # more than one thread's grain
 _BLOCKS = ((1, 1), (1, 3), (4, 4), (32, 32), (1, 1 << 12), (1 << 12, 1))
 
 
@@ -446,7 +463,7 @@ def _inputs(
         w, g, s = (torch.randn(shape, generator=generator, device=device) for _ in range(3))
         return [w.to(dtype), g.to(dtype), s.abs().to(compute_dtype(dtype))]
 
-    for shape in _SHAPES:
+    for shape in (*_SHAPES, _LARGE):
         w, g, s = draw(*shape)
         yield f"{shape}", w, g, s
     w, g, s = (t[:, ::2].t() for t in draw(9, 40))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
 
-from secateur.ops._checks import check_float
+from secateur.ops._checks import check_float, check_list, check_tensor, readable
 from secateur.ops._spec import OpSpec, Sample
 from secateur.ops.mask import pack_mask_reference, unpack_mask, unpack_mask_reference
 from secateur.ops.score import (
@@ -56,9 +57,7 @@ def topk_mask(scores: Sequence[Tensor], keep: int) -> list[Tensor]:
         ``best = torch.cat([s.flatten() for s in scores]).topk(keep).values.min()`` and
         ``[s >= best for s in scores]``
     """
-    if isinstance(scores, Tensor):
-        raise TypeError("expected scores to be a list of Tensors, got a Tensor")
-    scores = list(scores)
+    check_list("scores", scores)
     for i, s in enumerate(scores):
         check_float(f"scores[{i}]", s)
         if s.dtype != scores[0].dtype:
@@ -76,7 +75,17 @@ def topk_mask(scores: Sequence[Tensor], keep: int) -> list[Tensor]:
     n = len(scores)
     with torch.no_grad():
         masks, info = torch.ops.secateur.select(
-            scores, [], [], "given", [], keep, None, True, False, [1.0] * n, [0] * n
+            [readable(s) for s in scores],
+            [],
+            [],
+            "given",
+            [],
+            keep,
+            None,
+            True,
+            False,
+            [1.0] * n,
+            [0] * n,
         )
     bad = int(info[0])
     if bad >= 0:
@@ -119,7 +128,7 @@ def select(
         For each weight a bit-packed mask, uint8 of shape ``(ceil(numel / 8),)``; unused bits are 0.
 
     Raises:
-        TypeError: a dtype does not fit, or ``keep`` is not an int.
+        TypeError: a dtype does not fit, ``keep`` is not an int, or ``threshold`` no number.
         ValueError: anything else that does not fit; ``keep`` exceeds the number of alive elements.
         NonFiniteScoreError: the score of an alive element is NaN or infinite.
 
@@ -127,13 +136,16 @@ def select(
         ``s = (weight * grad).abs()`` and
         ``pack_mask(s >= s[unpack_mask(alive, s.shape)].topk(keep).values.min())``
     """
-    weights = list(weights)
+    check_list("weights", weights)
     n = len(weights)
     check_formula(formula)
     if (keep is None) == (threshold is None):
         raise ValueError(f"expected one of keep and threshold, got {keep=} and {threshold=}")
-    if threshold is not None and math.isnan(threshold):
-        raise ValueError(f"expected threshold to be a number, got {threshold}")
+    if threshold is not None:
+        if isinstance(threshold, bool) or not isinstance(threshold, Real):
+            raise TypeError(f"expected threshold to be a number, got {threshold!r}")
+        if math.isnan(threshold):
+            raise ValueError(f"expected threshold to be a number, got {threshold}")
     for i, w in enumerate(weights):
         check_float(f"weights[{i}]", w)
         if compute_dtype(w.dtype) != compute_dtype(weights[0].dtype):
@@ -155,7 +167,10 @@ def select(
         ("normalizers", normalizers),
         ("seeds", seeds),
     ):
-        if given is not None and len(given) != n:
+        if given is None:
+            continue
+        check_list(name, given)
+        if len(given) != n:
             raise ValueError(f"expected {n} {name}, one a weight, got {len(given)}")
     for i, w in enumerate(weights):
         of = f"weights[{i}]"
@@ -175,11 +190,11 @@ def select(
         return []
     with torch.no_grad():
         masks, info = torch.ops.secateur.select(
-            weights,
-            list(grads or []),
-            list(states or []),
+            [readable(w) for w in weights],
+            [readable(g) for g in grads or ()],
+            [readable(s) for s in states or ()],
             formula,
-            [a.contiguous() for a in alive or []],
+            [a.contiguous() for a in alive or ()],
             keep,
             None if threshold is None else float(threshold),
             largest,
@@ -205,6 +220,7 @@ def _check_keep(keep: int, n: int, what: str) -> None:
 
 
 def _check_alive(name: str, bits: Tensor, weight: Tensor) -> None:
+    check_tensor(name, bits)
     size = (weight.numel() + 7) // 8
     if bits.dtype != torch.uint8 or bits.shape != (size,) or bits.device != weight.device:
         raise ValueError(
@@ -275,7 +291,16 @@ def select_reference(
     return masks, torch.tensor([-1, int(living.sum())], device=scores.device)
 
 
-_SHAPES = ((), (0,), (1,), (7,), (5, 13), (3, 0, 4), (64, 48), (9001,))
+_SHAPES = (
+    (),
+    (0,),
+    (1,),
+    (7,),
+    (5, 13),
+    (3, 0, 4),
+    (64, 48),
+    (70001,),
+)  # the last is more than one thread's grain
 
 
 def _select_samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:

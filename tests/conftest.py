@@ -1,0 +1,27 @@
+"""Fixtures of every test: global settings of the kernels, put back whatever happens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from secateur import _C
+
+
+@pytest.fixture
+def restore() -> Iterator[None]:
+    """For a test that sets the instruction set or the number of threads itself."""
+    before, threads = _C.isa(), torch.get_num_threads()
+    yield
+    _C.set_isa(before)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=_C.supported_isas())
+def isa(request: pytest.FixtureRequest, restore: None) -> str:
+    """Every instruction set of this machine in turn."""
+    name: str = request.param
+    _C.set_isa(name)
+    return name
