@@ -77,7 +77,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one batch size, short timings")
     parser.add_argument("--rows", type=int, default=512, help="rows of the batch")
-    parser.add_argument("--shape", type=int, nargs=2, default=(1024, 1024), metavar=("N", "K"))
+    parser.add_argument(
+        "--shape", type=int, nargs=2, action="append", metavar=("N", "K"), help="may be repeated"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--csv", type=Path, help="write the rows here, e.g. under bench/results")
@@ -90,10 +92,11 @@ def main() -> None:
     rows = harness.run(
         (
             case
+            for n, k in args.shape or ((1024, 1024),)
             for m in ((args.rows,) if args.quick else (8, args.rows, 4 * args.rows))
             for block in BLOCKS
             for density in DENSITIES
-            for case in cases(m, *args.shape, block, density, dtype)
+            for case in cases(m, n, k, block, density, dtype)
         ),
         seconds=0.4 if args.quick else 1.5,
     )

@@ -88,12 +88,16 @@ def summary(pruner: Pruner, model: nn.Module) -> list[LayerReport]:
 
 
 def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Bytes that training keeps between steps: weights, buffers, gradients, optimizer moments."""
+    """Bytes that training keeps between steps: weights, gradients, moments, buffers, patterns."""
     tensors = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        if isinstance(module, BlockSparseLinear):
+            tensors += module.weight.pattern.tensors()
     tensors += [p.grad for p in model.parameters() if p.grad is not None]
     for state in optimizer.state.values():
         tensors += [t for t in state.values() if isinstance(t, torch.Tensor)]
-    return sum(t.numel() * t.element_size() for t in tensors)
+    # A layer's buffers are tensors of its pattern.
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
 
 
 def peak_memory() -> int:

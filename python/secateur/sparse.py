@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from secateur.ops._checks import check_bool, check_float
 from secateur.ops.block_sparse import Pattern
 
-__all__ = ["BlockSparse", "Pattern"]
+__all__ = ["BlockSparse", "Pattern", "block_size", "live_blocks"]
 
 
 class BlockSparse:
@@ -24,7 +26,8 @@ class BlockSparse:
         shape: ``(out_features, in_features)``.
 
     Raises:
-        TypeError: ``values`` are not of a supported dtype.
+        TypeError: ``values`` are not of a supported dtype, ``pattern`` is no Pattern, or ``shape``
+            is no pair of ints.
         ValueError: ``values``, ``pattern`` and ``shape`` do not fit, or devices differ.
     """
 
@@ -36,6 +39,10 @@ class BlockSparse:
 
     def __init__(self, values: Tensor, pattern: Pattern, shape: tuple[int, int]) -> None:
         check_float("values", values)
+        if not isinstance(pattern, Pattern):
+            raise TypeError(f"expected pattern to be a Pattern, got {type(pattern).__name__}")
+        if not _is_pair(shape):
+            raise TypeError(f"expected shape to be (out_features, in_features), got {shape!r}")
         n_blocks = pattern.col.shape[0]
         if values.dim() != 3 or values.shape[0] != n_blocks or 0 in values.shape[1:]:
             raise ValueError(
@@ -80,12 +87,8 @@ class BlockSparse:
             ``blocks[mask]`` where blocks is the padded weight viewed as (block_rows, block_cols,
             rows, cols)
         """
-        rows, cols = _block_size(block)
-        check_float("weight", weight)
-        if weight.dim() != 2:
-            raise ValueError(
-                f"expected weight to have 2 dimensions, got shape {tuple(weight.shape)}"
-            )
+        rows, cols = block_size(block)
+        _check_matrix("weight", weight)
         shape = (weight.shape[0], weight.shape[1])
         grid = _grid(shape, (rows, cols))
         if mask is not None:
@@ -97,13 +100,31 @@ class BlockSparse:
                 )
             if mask.device != weight.device:
                 raise ValueError(f"expected mask on {weight.device}, as weight, got {mask.device}")
-        if shape[0] % rows or shape[1] % cols:
-            weight = torch.nn.functional.pad(weight, (0, -shape[1] % cols, 0, -shape[0] % rows))
-        blocks = weight.view(grid[0], rows, grid[1], cols).transpose(1, 2)
-        if mask is None:
-            mask = (blocks.detach() != 0).flatten(2).any(2)
-        pattern = Pattern.from_mask(mask)
-        return cls(blocks[pattern.row_of, pattern.col], pattern, shape)
+        pattern = Pattern.from_mask(live_blocks(weight, block) if mask is None else mask)
+        return cls(_blocks(weight, (rows, cols))[pattern.row_of, pattern.col], pattern, shape)
+
+    def gather(self, dense: Tensor) -> Tensor:
+        """What a dense matrix holds in the live blocks, as values; differentiable.
+
+        Args:
+            dense: of this matrix's shape; float32, bfloat16, float16 or float64; any strides.
+
+        Returns:
+            ``(n_blocks, rows, cols)``, zero where a block sticks out over the edge.
+
+        Raises:
+            TypeError: ``dense`` is no tensor of a supported dtype.
+            ValueError: ``dense`` has another shape, or is on another device.
+
+        Equivalent to:
+            ``BlockSparse.from_dense(dense, self.block, mask).values`` with the mask of this pattern
+        """
+        check_float("dense", dense)
+        if dense.shape != self.shape:
+            raise ValueError(f"expected dense of shape {self.shape}, got {tuple(dense.shape)}")
+        if dense.device != self.device:
+            raise ValueError(f"expected dense on {self.device}, as values, got {dense.device}")
+        return _blocks(dense, self.block)[self.pattern.row_of, self.pattern.col]
 
     def with_values(self, values: Tensor) -> BlockSparse:
         """The same pattern, which is shared, with other values.
@@ -112,6 +133,7 @@ class BlockSparse:
             TypeError: ``values`` are not of a supported dtype.
             ValueError: ``values`` are not of the shape of ``self.values``, or on another device.
         """
+        check_float("values", values)
         if values.shape != self.values.shape:
             raise ValueError(
                 f"expected values of shape {tuple(self.values.shape)}, got {tuple(values.shape)}"
@@ -179,18 +201,54 @@ class BlockSparse:
         )
 
 
-def _block_size(block: int | tuple[int, int]) -> tuple[int, int]:
+def live_blocks(weight: Tensor, block: int | tuple[int, int]) -> Tensor:
+    """bool ``(ceil(N / rows), ceil(K / cols))``: which blocks hold a non-zero (NaN is one).
+
+    Raises:
+        TypeError: ``weight`` is not floating point, or ``block`` is no int or pair of ints.
+        ValueError: ``weight`` is not 2-D, or a block size is below 1.
+    """
+    _check_matrix("weight", weight)
+    return _blocks(weight.detach() != 0, block_size(block)).flatten(2).any(2)
+
+
+def block_size(block: int | tuple[int, int]) -> tuple[int, int]:
+    """(rows, cols) of a block size that is one number or two.
+
+    Raises:
+        TypeError: ``block`` is no int or pair of ints.
+        ValueError: a size is below 1.
+    """
     pair = (block, block) if isinstance(block, int) else block
-    if not (
-        isinstance(pair, (tuple, list))
-        and len(pair) == 2
-        and all(isinstance(b, int) and not isinstance(b, bool) for b in pair)
-    ):
+    if not _is_pair(pair):
         raise TypeError(f"expected block to be an int or (rows, cols), got {block!r}")
     if min(pair) < 1:
         raise ValueError(f"expected block sizes of at least 1, got {block!r}")
     return (pair[0], pair[1])
 
 
+def _is_pair(pair: Any) -> bool:
+    return (
+        isinstance(pair, (tuple, list))
+        and len(pair) == 2
+        and all(isinstance(n, int) and not isinstance(n, bool) for n in pair)
+    )
+
+
+def _check_matrix(name: str, t: Tensor) -> None:
+    check_float(name, t)
+    if t.dim() != 2:
+        raise ValueError(f"expected {name} to have 2 dimensions, got shape {tuple(t.shape)}")
+
+
 def _grid(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
     return (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
+
+
+def _blocks(dense: Tensor, block: tuple[int, int]) -> Tensor:
+    """View as (block_rows, block_cols, rows, cols), padded with zeros at the edges."""
+    (n, k), (rows, cols) = dense.shape, block
+    grid = _grid((n, k), block)
+    if n % rows or k % cols:
+        dense = torch.nn.functional.pad(dense, (0, -k % cols, 0, -n % rows))
+    return dense.view(grid[0], rows, grid[1], cols).transpose(1, 2)

@@ -5,13 +5,13 @@ A moment is any tensor that the optimizer keeps for a parameter in the parameter
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Muon, Optimizer
 
-__all__ = ["group_of", "moments", "replace_parameter"]
+__all__ = ["check_replaceable", "group_of", "moments", "replace_parameter"]
 
 
 def group_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any] | None:
@@ -25,6 +25,43 @@ def group_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any] | None:
 def moments(optimizer: Optimizer, parameter: Tensor) -> list[Tensor]:
     """The moments of ``parameter``: floating-point state of its shape; empty before a step."""
     return [t for t in optimizer.state.get(parameter, {}).values() if _is_moment(t, parameter)]
+
+
+def check_replaceable(optimizer: Optimizer, parameter: Tensor, name: str, ndim: int) -> None:
+    """Raise unless :func:`replace_parameter` can carry over what is kept for ``parameter``.
+
+    Args:
+        optimizer: about to lose ``parameter``.
+        name: what errors call the parameter.
+        ndim: dimensions of what takes its place.
+
+    Raises:
+        ValueError: the optimizer does not hold a parameter that is trained, cannot train what takes
+            its place, or keeps a tensor for it that is neither a moment nor a single number.
+    """
+    kind = type(optimizer).__name__
+    if group_of(optimizer, parameter) is None:
+        if parameter.requires_grad:
+            raise ValueError(
+                "expected the optimizer to hold every parameter that is replaced, got one without "
+                f"{name}"
+            )
+        return
+    if isinstance(optimizer, LBFGS) or (isinstance(optimizer, Muon) and ndim != 2):
+        limit = "2-D parameters only" if isinstance(optimizer, Muon) else "a fixed set of parameters"
+        raise ValueError(
+            f"expected an optimizer that can train a replaced {name}, got {kind}, which takes {limit}"
+        )
+    for key, value in optimizer.state.get(parameter, {}).items():
+        if _is_moment(value, parameter):
+            continue
+        for t in _tensors(value):
+            if t.numel() != 1:
+                raise ValueError(
+                    f"expected {kind} to keep for {name} only single numbers and floating-point "
+                    f"tensors of its shape {tuple(parameter.shape)}, got {key!r} with {t.dtype} of "
+                    f"shape {tuple(t.shape)}"
+                )
 
 
 def replace_parameter(
@@ -56,6 +93,15 @@ def replace_parameter(
         optimizer.state[new] = {
             key: convert(value) if _is_moment(value, old) else value for key, value in state.items()
         }
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """The tensors in a value of an optimizer's state, however deep."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
 
 
 def _is_moment(value: object, parameter: Tensor) -> bool:

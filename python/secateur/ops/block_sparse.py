@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from secateur.ops._checks import check_float
+from secateur.ops._checks import check_bool, check_float
 from secateur.ops._spec import OpSpec, Sample
 
 if TYPE_CHECKING:
@@ -27,6 +27,10 @@ class Pattern:
         col_ptr: ``(block_cols + 1,)``; the same for block columns, over the next two.
         row_t: ``(n_blocks,)`` block row of each block in column order.
         position_t: ``(n_blocks,)`` where each block of the column order is in the row order.
+
+    Raises:
+        TypeError: an attribute is no int32 Tensor.
+        ValueError: they are not contiguous vectors on one device that describe one set of blocks.
     """
 
     row_ptr: Tensor
@@ -36,16 +40,52 @@ class Pattern:
     row_t: Tensor
     position_t: Tensor
 
+    def __post_init__(self) -> None:
+        # The kernels follow these indices unchecked: this is where a bad one is caught.
+        for field, t in zip(fields(self), self.tensors(), strict=True):
+            if not isinstance(t, Tensor):
+                raise TypeError(f"expected {field.name} to be a Tensor, got {type(t).__name__}")
+            if t.dtype != torch.int32:
+                raise TypeError(f"expected {field.name} to be torch.int32, got {t.dtype}")
+            if t.dim() != 1 or not t.is_contiguous() or t.device != self.row_ptr.device:
+                raise ValueError(
+                    f"expected {field.name} to be a contiguous vector on {self.row_ptr.device}, "
+                    f"got shape {tuple(t.shape)}, strides {t.stride()}, on {t.device}"
+                )
+        grid = (self.row_ptr.shape[0] - 1, self.col_ptr.shape[0] - 1)
+        for name, t, n in (("row_of", self.row_of, grid[0]), ("col", self.col, grid[1])):
+            if n < 0 or t.shape != self.col.shape or bool(((t < 0) | (t >= n)).any()):
+                raise ValueError(
+                    f"expected {name} to be {self.col.numel()} numbers of 0 to {n - 1}, got "
+                    f"{t.tolist() if t.numel() < 9 else f'{t.numel()} of other numbers'}"
+                )
+        mask = torch.zeros(grid, dtype=torch.bool, device=self.col.device)
+        mask[self.row_of, self.col] = True
+        right = Pattern.from_mask(mask).tensors()
+        for field, got, want in zip(fields(self), self.tensors(), right, strict=True):
+            if not torch.equal(got, want):
+                raise ValueError(
+                    f"expected {field.name} to be what Pattern.from_mask makes of the blocks at "
+                    "(row_of, col), got other numbers"
+                )
+
+    @classmethod
+    def _trusted(cls, *tensors: Tensor) -> Pattern:
+        """The pattern of tensors that are known to belong together."""
+        pattern = object.__new__(cls)
+        for field, t in zip(fields(cls), tensors, strict=True):
+            object.__setattr__(pattern, field.name, t)
+        return pattern
+
     @classmethod
     def from_mask(cls, mask: Tensor) -> Pattern:
         """The pattern of a bool mask of blocks ``(block_rows, block_cols)``, True = live.
 
         Raises:
-            TypeError: ``mask`` is not bool.
+            TypeError: ``mask`` is no bool Tensor.
             ValueError: ``mask`` is not 2-D, or has 2**31 live blocks or more.
         """
-        if mask.dtype != torch.bool:
-            raise TypeError(f"expected mask to be torch.bool, got {mask.dtype}")
+        check_bool("mask", mask)
         if mask.dim() != 2:
             raise ValueError(f"expected mask to have 2 dimensions, got {mask.dim()}")
         row_of, col = mask.nonzero(as_tuple=True)
@@ -53,13 +93,13 @@ class Pattern:
             raise ValueError(f"expected fewer than 2**31 live blocks, got {col.numel()}")
         # A stable sort by column keeps rows ascending within a column.
         position_t = col.sort(stable=True).indices
-        return cls(
-            row_ptr=_offsets(mask.sum(1)),
-            col=col.int(),
-            row_of=row_of.int(),
-            col_ptr=_offsets(mask.sum(0)),
-            row_t=row_of[position_t].int(),
-            position_t=position_t.int(),
+        return cls._trusted(
+            _offsets(mask.sum(1)),
+            col.int(),
+            row_of.int(),
+            _offsets(mask.sum(0)),
+            row_of[position_t].int(),
+            position_t.int(),
         )
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -68,7 +108,7 @@ class Pattern:
 
     def to(self, device: torch.device | str | None) -> Pattern:
         """The same pattern on another device."""
-        return Pattern(*(t.to(device) for t in self.tensors()))
+        return self._trusted(*(t.to(device) for t in self.tensors()))
 
 
 def _offsets(counts: Tensor) -> Tensor:
@@ -91,7 +131,8 @@ def block_sparse_linear(x: Tensor, weight: BlockSparse, bias: Tensor | None = No
         ``(..., out_features)``, contiguous, of x's dtype.
 
     Raises:
-        TypeError: ``weight`` is no BlockSparse, or dtypes differ or are not supported.
+        TypeError: ``weight`` is no BlockSparse, ``x`` or ``bias`` is no Tensor, or dtypes differ or
+            are not supported.
         ValueError: shapes do not fit, or devices differ.
 
     Source:
@@ -100,11 +141,18 @@ def block_sparse_linear(x: Tensor, weight: BlockSparse, bias: Tensor | None = No
     Equivalent to:
         ``torch.nn.functional.linear(x, weight.to_dense(), bias)``
     """
-    if not hasattr(weight, "pattern"):
+    # BlockSparse itself lies above ops; what the kernels rely on is that a Pattern was checked.
+    if not (
+        isinstance(getattr(weight, "pattern", None), Pattern)
+        and isinstance(getattr(weight, "values", None), Tensor)
+    ):
         raise TypeError(
             "expected weight to be a BlockSparse (BlockSparse.from_dense makes one), got "
             f"{type(weight).__name__}"
         )
+    for name, t in (("x", x), *(() if bias is None else (("bias", bias),))):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"expected {name} to be a Tensor, got {type(t).__name__}")
     out_features, in_features = weight.shape
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(
@@ -143,7 +191,9 @@ def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
 
 
-# The three ops take the pattern as six int32 tensors, in the order of Pattern.tensors().
+# The three ops take the pattern as six int32 tensors, in the order of Pattern.tensors(). They check
+# dtypes and sizes but not the indices: called with any others than a Pattern's, they read and write
+# out of bounds.
 
 
 @torch.library.register_fake("secateur::block_sparse_linear")
