@@ -167,6 +167,76 @@ def test_nothing_to_gain_is_an_error() -> None:
         secateur.densify(nn.Linear(64, 64))
 
 
+@pytest.mark.parametrize(
+    ("optimizer_type", "match"),
+    [
+        (torch.optim.Adafactor, r"Adafactor to keep for 0.weight only .* got 'row_var'"),
+        (torch.optim.Muon, r"got Muon, which takes 2-D parameters only"),
+    ],
+)
+def test_state_that_cannot_be_carried_over_is_refused(optimizer_type: Any, match: str) -> None:
+    model = make_model(16)
+    optimizer = optimizer_type([model[0].weight, model[2].weight], lr=1e-3)
+    step(model, optimizer, 0)
+    secateur.prune_(model, secateur.Magnitude(), secateur.Block(16), sparsity=0.8)
+    with pytest.raises(ValueError, match=match):
+        secateur.sparsify(model, optimizer)
+    assert not any(isinstance(m, BlockSparseLinear) for m in model.modules())
+    step(model, optimizer, 1)
+
+
+def test_reparametrized_layers_stay_dense() -> None:
+    model = make_model(16)
+    torch.nn.utils.prune.l1_unstructured(model[0], "weight", 0.9)
+    torch.nn.utils.parametrizations.weight_norm(model[2])
+    with pytest.raises(ValueError, match=r"0 \(reparametrized.*2 \(reparametrized"):
+        secateur.sparsify(model)
+    torch.nn.utils.prune.remove(model[0], "weight")
+    secateur.sparsify(model)
+    assert isinstance(model[0], BlockSparseLinear)
+
+
+def test_layers_with_hooks_are_not_replaced() -> None:
+    model = make_model(16)
+    seen = []
+    handle = model[0].register_forward_hook(lambda *args: seen.append(1))
+    secateur.sparsify(model)
+    model(torch.randn(2, 96))
+    assert seen == [1]
+    assert isinstance(model[2], BlockSparseLinear)
+    handle.remove()
+    model[2].register_forward_hook(lambda *args: None)
+    with pytest.raises(ValueError, match=r"without hooks, .* got '2'"):
+        secateur.densify(model)
+
+
+@pytest.mark.parametrize("block", [0, -4, (8, 0), 2.0, "8", (8,), (8, 8, 8), True])
+def test_bad_blocks_are_refused(block: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="expected block"):
+        secateur.sparsify(make_model(16), block=block)
+
+
+def test_bad_arguments_are_refused() -> None:
+    model = make_model(16)
+    for call in (secateur.sparsify, secateur.densify):
+        with pytest.raises(TypeError, match=r"torch.nn.Module, got int"):
+            call(3)
+        with pytest.raises(TypeError, match=r"torch.optim.Optimizer or None, got generator"):
+            call(model, model.parameters())
+    sparse = secateur.BlockSparse.from_dense(torch.ones(8, 4), 4)
+    with pytest.raises(TypeError, match="a BlockSparse .* got Tensor"):
+        BlockSparseLinear(torch.ones(8, 4))
+    with pytest.raises(ValueError, match=r"bias of shape \(8,\), got \(4,\)"):
+        BlockSparseLinear(sparse, torch.ones(4))
+
+
+def test_sparse_execution_has_to_save_memory() -> None:
+    model = nn.Linear(64, 64)
+    secateur.prune_(model, secateur.Magnitude(), secateur.Element(), sparsity=0.7)
+    with pytest.raises(ValueError, match=r"the model \(density 0.300\)"):
+        secateur.sparsify(model)
+
+
 def test_a_foreign_optimizer_is_refused_and_nothing_changes() -> None:
     model = make_model(16)
     foreign = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)

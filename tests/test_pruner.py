@@ -71,6 +71,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
     "muon": lambda p: torch.optim.Muon([q for q in p if q.ndim == 2], lr=1e-2),
 }
+GOOD = {"criterion": Taylor(), "granularity": Element(), "schedule": OneShot(0.5)}
 GRANULARITIES = [Element(), Block(8), Block(4, 16, reduce="max"), Block(5, 7, reduce="l2")]
 CRITERIA = [
     secateur.Magnitude(),
@@ -245,6 +246,36 @@ def test_each_layer_keeps_its_best_unit() -> None:
     assert pruner.layers[1].floor_held
 
 
+def test_the_floor_is_reported_wherever_it_holds() -> None:
+    """Also where a layer's last unit is asked for, and where every layer is held."""
+    for scope in ("global", "layer"):
+        model = make_model()
+        pruner = Pruner(
+            model,
+            None,
+            criterion=secateur.Magnitude(),
+            granularity=Block(64),  # one block a layer
+            schedule=OneShot(0.9),
+            scope=scope,
+        )
+        with pruner.update():
+            pass
+        assert [layer.floor_held for layer in pruner.layers] == [True] * 3
+        assert pruner.sparsity() == 0
+        assert pruner.idle_steps == 1
+    model = nn.Linear(4, 4)
+    pruner = Pruner(
+        model,
+        None,
+        criterion=secateur.Magnitude(),
+        granularity=Element(),
+        schedule=Threshold(1e9, permanent=False),
+    )
+    with pruner.update():
+        assert int(model.weight.count_nonzero()) == 1
+    assert pruner.layers[0].floor_held
+
+
 def test_floor_outranks_the_target() -> None:
     model = make_model()
     pruner_masks = secateur.prune_(model, secateur.Magnitude(), Block(64), sparsity=0.9)
@@ -272,10 +303,13 @@ def test_ema_follows_its_definition() -> None:
             expected[layer.name] = score if i == 0 else 0.8 * expected[layer.name] + 0.2 * score
         optimizer.step()
         optimizer.zero_grad()
+        if i < 4:
+            for layer in pruner.layers:
+                torch.testing.assert_close(layer.state, expected[layer.name])
     pooled = torch.cat([t.flatten() for t in expected.values()]).sort().values
     worst_alive = pooled[round(0.5 * pooled.numel())]
     for layer in pruner.layers:
-        torch.testing.assert_close(layer.state, expected[layer.name])
+        assert layer.state is None  # the schedule has ended
         assert torch.equal(layer.mask, expected[layer.name] >= worst_alive)
 
 
@@ -321,27 +355,6 @@ def test_obd_takes_a_given_hessian() -> None:
     wrong = {name: h[:1] for name, h in hessian.items()}
     with pytest.raises(ValueError, match=r"shape \(48, 20\) for '0.weight', got \(1, 20\)"):
         secateur.prune_(model, secateur.OBD(hessian=wrong), Element(), sparsity=0.3)
-
-
-def test_hutchinson_is_exact_for_a_diagonal_hessian() -> None:
-    w = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64, requires_grad=True)
-    unused = torch.ones(2, dtype=torch.float64, requires_grad=True)
-    loss = (w**4).sum() / 12 + unused.sum()
-    diagonal, zero = secateur.hutchinson_diagonal(loss, [w, unused], samples=1)
-    torch.testing.assert_close(diagonal, w.detach() ** 2)
-    assert torch.equal(zero, torch.zeros(2, dtype=torch.float64))
-
-
-def test_hutchinson_converges() -> None:
-    a = torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    a = a @ a.T
-    w = torch.zeros(6, dtype=torch.float64, requires_grad=True)
-    (diagonal,) = secateur.hutchinson_diagonal(
-        w @ a @ w / 2, [w], samples=3000, generator=torch.Generator().manual_seed(0)
-    )
-    # The estimate's standard deviation is the norm of the row's other entries / sqrt(samples).
-    sigma = (a.square().sum(1) - a.diagonal().square()).sqrt() / 3000**0.5
-    assert torch.all((diagonal - a.diagonal()).abs() < 4 * sigma)
 
 
 class Doubled(secateur.Criterion):
@@ -441,7 +454,7 @@ def test_an_optimizer_step_inside_an_update_counts_once() -> None:
                     optimizer.step()
             else:
                 optimizer.step()
-        assert pruner.step == 6
+        assert pruner.steps == 6
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -452,7 +465,7 @@ def test_an_update_that_fails_does_not_count() -> None:
     backward(model, next(batches(1)))
     with pytest.raises(KeyError), pruner.update():
         raise KeyError
-    assert pruner.step == 0
+    assert pruner.steps == 0
 
 
 @pytest.mark.parametrize(
@@ -473,7 +486,7 @@ def test_a_copy_prunes_its_own_model(clone: Callable[[Any], Any]) -> None:
     train(model, optimizer, 5)
     twin, twin_optimizer, twin_pruner = clone((model, optimizer, pruner))
     train(model, optimizer, 20)
-    assert twin_pruner.step == 5
+    assert twin_pruner.steps == 5
     train(twin, twin_optimizer, 20)
     assert twin_pruner.sparsity() == pruner.sparsity()
     check_dead_are_zero(twin_pruner, twin_optimizer)
@@ -512,12 +525,199 @@ def test_grad_scaler(fused: bool) -> None:
 
     plain, expected = run(None)
     scaled, got = run(torch.amp.GradScaler("cpu", init_scale=2.0**10))
-    assert got.step == expected.step == 5
+    assert got.steps == expected.steps == 5
     assert 0 < got.sparsity() < 1
     for name, mask in expected.masks.items():
         assert torch.equal(mask, got.masks[name])
     for a, b in zip(plain.parameters(), scaled.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_half_precision_under_a_fused_grad_scaler() -> None:
+    """float16 holds neither a scale of 65536 nor, often, the unscaled gradient."""
+    torch.manual_seed(0)
+    model = nn.Linear(16, 16, bias=False).half()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    pruner = Pruner(model, optimizer, **GOOD)
+    gradient = torch.rand(16, 16) * 1e-7
+    model.weight.grad = (gradient * 65536).half()
+    scores = (model.weight.grad.float() / 65536 * model.weight.detach().float()).abs()
+    optimizer.grad_scale = torch.tensor(65536.0)
+    optimizer.found_inf = torch.tensor(0.0)
+    optimizer.step()
+    assert torch.equal(pruner.masks["weight"], scores >= scores.flatten().sort().values[128])
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES[:2], ids=repr)
+def test_a_running_score_refuses_a_diverged_step(granularity: secateur.Granularity) -> None:
+    model = make_model()
+    optimizer = adamw(model)
+    schedule = OneShot(0.5, at=3)
+    pruner = Pruner(
+        model, optimizer, criterion=Taylor(ema=0.9), granularity=granularity, schedule=schedule
+    )
+    train(model, optimizer, 1)
+    states = [layer.state.clone() for layer in pruner.layers]
+    backward(model, next(batches(1)))
+    model[3].weight.grad[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"NaN or Inf in '3.weight' at step 1"):
+        optimizer.step()
+    assert all(torch.equal(a, layer.state) for a, layer in zip(states, pruner.layers, strict=True))
+    optimizer.zero_grad()
+    train(model, optimizer, 4)  # a caught error leaves a pruner that works
+    assert pruner.sparsity() > 0
+
+
+def test_the_dead_stay_dead_whatever_is_loaded_or_scheduled() -> None:
+    """Dense weights or moments loaded later; a learning rate that is 0 at first; resumed Muon."""
+
+    def start(optimizer_type: Any) -> tuple[nn.Module, torch.optim.Optimizer, Pruner]:
+        model = make_model()
+        optimizer = optimizer_type([p for p in model.parameters() if p.ndim == 2], lr=0.05)
+        return model, optimizer, Pruner(model, optimizer, **GOOD)
+
+    model, optimizer, pruner = start(torch.optim.AdamW)
+    dense, moments = copy.deepcopy(model.state_dict()), None
+    other, other_optimizer, _ = start(torch.optim.AdamW)
+    train(other, other_optimizer, 2)
+    moments = copy.deepcopy(other_optimizer.state_dict())
+    for state in moments["state"].values():
+        state["exp_avg"].fill_(1.0)
+    train(model, optimizer, 3)
+    model.load_state_dict(dense)
+    optimizer.load_state_dict(moments)
+    train(model, optimizer, 1)
+    check_dead_are_zero(pruner, optimizer)
+
+    model, optimizer, pruner = start(torch.optim.Muon)
+    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 10)
+    for _ in range(5):
+        train(model, optimizer, 1)
+        warmup.step()
+    check_dead_are_zero(pruner, optimizer)
+
+    resumed, resumed_optimizer, again = start(torch.optim.Muon)
+    resumed.load_state_dict(model.state_dict())
+    resumed_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    again.load_state_dict(pruner.state_dict())
+    train(resumed, resumed_optimizer, 1)
+    check_dead_are_zero(again, resumed_optimizer)
+
+
+def test_an_update_that_raises_leaves_the_dead_dead() -> None:
+    model = make_model()
+    pruner = Pruner(model, None, **{**GOOD, "criterion": secateur.Magnitude()})
+
+    def fail() -> None:
+        with pruner.update(), torch.no_grad():
+            model[0].weight.add_(1)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert torch.all(model[0].weight[~pruner.masks["0.weight"]] == 0)
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        lambda w: w.abs().t(),
+        lambda w: w[:1],
+        lambda w: None,
+        lambda w: w > 0,
+        lambda w: w.abs().sum(),
+    ],
+)
+@pytest.mark.parametrize("granularity", GRANULARITIES[:2], ids=repr)
+def test_scores_of_a_users_criterion_are_checked(
+    scores: Callable[[Tensor], Any], granularity: secateur.Granularity
+) -> None:
+    class Odd(secateur.Criterion):
+        def measure(self, weight: Tensor, grad: Tensor | None) -> Tensor:
+            return scores(weight)
+
+    with pytest.raises(ValueError, match=r"Odd.measure to return .* for '0.weight', got"):
+        secateur.prune_(make_model(), Odd(), granularity, sparsity=0.5)
+
+
+def test_policies_of_a_user_are_checked() -> None:
+    class Nothing(secateur.Granularity):
+        def block(self, rows: int, cols: int) -> tuple[int, int]:
+            return 0, cols
+
+    class Half(secateur.Schedule):
+        last = None
+
+        def target(self, step: int) -> Any:
+            return 0.5
+
+    with pytest.raises(ValueError, match=r"both at least 1, got \(0, 20\)"):
+        secateur.prune_(make_model(), secateur.Magnitude(), Nothing(), sparsity=0.5)
+    pruner = Pruner(make_model(), None, **{**GOOD, "schedule": Half()})
+    with pytest.raises(TypeError, match=r"a Target or None, got 0.5"):
+        pruner.update().__enter__()
+
+
+def test_two_pruners_of_one_parameter_are_refused() -> None:
+    model = make_model()
+    first = Pruner(model, None, **GOOD, include="0")
+    Pruner(model, None, **GOOD, include="3")
+    with pytest.raises(ValueError, match=r"no other pruner prunes, got '0.weight'"):
+        Pruner(model, None, **GOOD, include="0")
+    first.remove()
+    Pruner(model, None, **GOOD, include="0")
+
+
+def test_what_cannot_be_pruned_is_left_out_or_refused() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    secateur.prune_(model, secateur.Magnitude(), Block(16), sparsity=0.5, include="0")
+    secateur.sparsify(model)
+    pruner = Pruner(model, None, **GOOD)
+    assert pruner.skipped["0.values"] == "block-sparse"
+    pruner.remove()
+    with pytest.raises(ValueError, match=r"'0.values', block-sparse: densify first"):
+        Pruner(model, None, **GOOD, include="0.values")
+    with pytest.raises(ValueError, match=r"float64 only for \['1.weight'\]"):
+        secateur.prune_(
+            nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4).double()),
+            secateur.Magnitude(),
+            Element(),
+            sparsity=0.5,
+        )
+
+
+def test_vectors_stored_with_more_dimensions_are_no_weights() -> None:
+    attention = nn.MultiheadAttention(8, 2, add_bias_kv=True)
+    attention.gamma = nn.Parameter(torch.ones(8, 1, 1))
+    attention.cls_token = nn.Parameter(torch.ones(1, 1, 8))
+    pruner = Pruner(attention, None, **GOOD)
+    assert set(pruner.masks) == {"in_proj_weight", "out_proj.weight"}
+    assert Pruner(nn.Linear(5, 1), None, **GOOD).masks["weight"].shape == (1, 5)
+
+
+def test_a_tied_parameter_goes_by_all_its_names() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    model["b"].weight = model["a"].weight
+    assert list(Pruner(model, None, **GOOD, include="b").masks) == ["a.weight"]
+
+
+def test_a_model_cast_in_mid_average() -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    pruner = Pruner(
+        model,
+        optimizer,
+        criterion=Taylor(ema=0.9),
+        granularity=Element(),
+        schedule=OneShot(0.5, at=4),
+    )
+    train(model, optimizer, 2)
+    model.double()
+    for x, y in batches(3):
+        backward(model, (x.double(), y.double()))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert pruner.sparsity() > 0.49
 
 
 def test_lbfgs_is_refused() -> None:
@@ -582,23 +782,51 @@ def test_resumed_run_equals_uninterrupted_run(
 
 
 def test_state_that_does_not_fit_is_refused() -> None:
-    model = make_model()
-    settings = {"criterion": Taylor(), "granularity": Element(), "schedule": OneShot(0.5)}
-    pruner = Pruner(model, adamw(model), **settings)
-    state = pruner.state_dict()
-    before = pruner.masks
+    def start() -> tuple[nn.Module, Pruner]:
+        model = make_model()
+        optimizer = adamw(model)
+        pruner = Pruner(
+            model,
+            optimizer,
+            criterion=Taylor(ema=0.9),
+            granularity=Element(),
+            schedule=Cubic(0.5, begin=0, end=10),
+        )
+        train(model, optimizer, 5)
+        return model, pruner
+
+    _, donor = start()
+    model, pruner = start()
+    state, layer = donor.state_dict(), donor.state_dict()["layers"]["0.weight"]
+    before, masks, steps = copy.deepcopy(model.state_dict()), pruner.masks, pruner.steps
+
+    def with_layer(**change: Any) -> dict[str, Any]:
+        return {"layers": {**state["layers"], "0.weight": {**layer, **change}}}
+
     for change, match in [
         ({"version": 2}, "version 1, got 2"),
         ({"settings": {**state["settings"], "scope": "'layer'"}}, "scope='global', got 'layer'"),
-        ({"masks": {}}, r"masks of exactly \['0.weight', .*, got \[\]"),
-        ({"masks": {**state["masks"], "0.weight": torch.zeros(3, dtype=torch.uint8)}}, "120 bytes"),
-        ({"states": {"0.weight": torch.zeros(3)}}, r"\(48, 20\) for '0.weight', got \(3,\)"),
+        ({"settings": None}, "settings to hold exactly .* got None"),
+        ({"steps": "x"}, "steps to be a whole number, got 'x'"),
+        ({"steps": -3}, "got -3"),
+        ({"idle_steps": None}, "idle_steps to be a whole number, got None"),
+        ({"layers": {}}, r"exactly \['0.weight', .*, got \[\]"),
+        (with_layer(bits=torch.zeros(3, dtype=torch.uint8)), "120 bytes"),
+        (with_layer(bits=None), "bits of '0.weight' to be a Tensor, got None"),
+        (with_layer(state=torch.zeros(3)), r"\(48, 20\) for '0.weight', got .*\(3,\)"),
+        (with_layer(state=torch.zeros(48, 20).half()), r"got \(torch.float16"),
+        (with_layer(target=7.0), "target of '0.weight' .* got 7.0"),
+        (with_layer(floor_held=None), "floor_held of '0.weight' to be a bool, got None"),
+        (with_layer(surplus=1), "'surplus'"),
     ]:
         with pytest.raises(ValueError, match=match):
             pruner.load_state_dict({**state, **change})
-    with pytest.raises(ValueError, match="expected the state of a Pruner"):
-        pruner.load_state_dict({})
-    assert all(torch.equal(before[name], mask) for name, mask in pruner.masks.items())
+    for broken in ({}, None, 3, {k: v for k, v in state.items() if k != "idle_steps"}):
+        with pytest.raises(ValueError, match="the state of a Pruner to hold exactly"):
+            pruner.load_state_dict(broken)  # type: ignore[arg-type]
+    assert pruner.steps == steps
+    assert all(torch.equal(masks[name], mask) for name, mask in pruner.masks.items())
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -707,16 +935,23 @@ def test_names_are_the_models_own() -> None:
         "granularity": Element(),
         "schedule": OneShot(0.5),
     }
-    expected = list(Pruner(model, None, **policy).masks)
+
+    def names(wrapped: nn.Module) -> list[str]:
+        pruner = Pruner(wrapped, None, **policy)
+        pruner.remove()
+        return list(pruner.masks)
+
+    expected = names(model)
     for wrapped in (
         nn.DataParallel(model),
         torch.compile(model),
         torch.compile(nn.DataParallel(model)),
     ):
-        assert list(Pruner(wrapped, None, **policy).masks) == expected
+        assert names(wrapped) == expected
     inner = make_model()
     inner[3] = torch.compile(inner[3])
-    assert list(Pruner(inner, None, **policy).masks) == expected
+    inner[5] = nn.DataParallel(inner[5])
+    assert names(inner) == expected
 
 
 def test_frozen_parameters_are_listed_and_refused_only_where_named() -> None:
@@ -726,7 +961,8 @@ def test_frozen_parameters_are_listed_and_refused_only_where_named() -> None:
     assert list(pruner.masks) == ["0.weight", "5.weight"]
     assert pruner.skipped["3.weight"] == "frozen"
     assert "left out (frozen): 3.weight" in repr(pruner)
-    with pytest.raises(ValueError, match=r"got '3.weight' with requires_grad=False"):
+    pruner.remove()
+    with pytest.raises(ValueError, match=r"got '3.weight', frozen"):
         Pruner(
             model,
             None,
@@ -771,9 +1007,6 @@ def test_due_steps_with_nothing_to_do_are_counted() -> None:
     assert "3 due steps had nothing to do" in str(pruner)
 
 
-GOOD = {"criterion": Taylor(), "granularity": Element(), "schedule": OneShot(0.5)}
-
-
 @pytest.mark.parametrize(
     ("model", "change", "error", "match"),
     [
@@ -782,7 +1015,10 @@ GOOD = {"criterion": Taylor(), "granularity": Element(), "schedule": OneShot(0.5
         (make_model(), {"schedule": 0.5}, TypeError, "expected a schedule .* got 0.5"),
         (make_model(), {"scope": "local"}, ValueError, "got 'local'"),
         (make_model(), {"include": "conv*"}, ValueError, r"no match for \['conv\*'\]"),
-        (make_model(), {"include": []}, TypeError, "name globs"),
+        (make_model(), {"include": []}, ValueError, "at least one name glob"),
+        (make_model(), {"include": 3}, TypeError, "name globs .* got 3"),
+        (make_model(), {"include": "1"}, ValueError, r"no match for \['1'\]"),
+        (make_model(), {"scope": ["global"]}, ValueError, r"got \['global'\]"),
         (make_model(), {"exclude": "*"}, ValueError, "weights to prune, got none"),
         (nn.Sequential(nn.ReLU()), {}, ValueError, "weights to prune, got none"),
         (nn.LayerNorm(8), {}, ValueError, r"got none: weight \(norm\)"),
@@ -829,7 +1065,10 @@ def test_replaced_parameters_are_noticed() -> None:
     [
         ({"sparsity": 90}, ValueError, "got 90; for 90 % write 0.9"),
         ({"sparsity": 0.5, "threshold": 0.1}, ValueError, "one of sparsity and threshold"),
-        ({}, ValueError, "got sparsity=None, threshold=None"),
+        ({}, ValueError, "got sparsity=None and threshold=None"),
+        ({"sparsity": False}, TypeError, "got False"),
+        ({"sparsity": ""}, TypeError, "got ''"),
+        ({"threshold": True}, TypeError, "expected threshold to be a number, got True"),
         ({"threshold": float("nan")}, ValueError, "got nan"),
         ({"sparsity": 0.5, "scope": "x"}, ValueError, "got 'x'"),
     ],

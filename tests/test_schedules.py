@@ -79,6 +79,11 @@ def test_threshold_is_due_from_begin_to_end() -> None:
         (lambda: secateur.Block(8, reduce="median"), ValueError, "got 'median'"),
         (lambda: secateur.Taylor(keep="best"), ValueError, "got 'best'"),
         (lambda: secateur.Taylor(ema=1.0), ValueError, "got 1.0"),
+        (lambda: secateur.Taylor(ema="0.9"), TypeError, "got '0.9'"),
+        (lambda: secateur.Random(ema=0.9), ValueError, "no ema of random scores, got 0.9"),
+        (lambda: secateur.Target(), ValueError, "got sparsity=None and threshold=None"),
+        (lambda: secateur.Target(1.5), ValueError, "got 1.5"),
+        (lambda: secateur.Target(threshold="x"), TypeError, "got 'x'"),
         (lambda: secateur.OBD(hessian="exact"), ValueError, "got 'exact'"),
         (lambda: secateur.Random(seed=0.5), TypeError, "got 0.5"),
         (lambda: share_out("layerwise", 0.5, [1]), ValueError, "got 'layerwise'"),
@@ -125,6 +130,6 @@ def test_movement_sums_and_others_average() -> None:
     assert secateur.OBD(hessian={"w": torch.ones(1)}).accumulation is None
 
 
-def test_a_criterion_without_formula_needs_measure() -> None:
-    with pytest.raises(NotImplementedError, match=r"Criterion names no formula"):
-        Criterion().measure(torch.ones(1), None)
+def test_a_criterion_needs_a_formula_or_a_measure() -> None:
+    with pytest.raises(TypeError, match=r"measure\(\) of its own, got Criterion"):
+        Criterion()

@@ -337,5 +337,5 @@ def test_more_dimensions_than_kernels_walk() -> None:
     assert torch.equal(state, w)
     scattered = torch.zeros([2] * 9).permute(*range(8, -1, -1))
     for op in (ops.score_update_, ops.observe_):
-        with pytest.raises(ValueError, match="at most 8 dimensions.*got 9"):
+        with pytest.raises(ValueError, match=r"at most 8 dimensions.*got 9"):
             op(scattered, w, formula="given", decay=0.0, gain=1.0)

@@ -422,3 +422,31 @@ def test_bad_product(case: str) -> None:
     args, error, message = BAD_PRODUCTS[case]
     with pytest.raises(error, match=message):
         block_sparse_linear(*args)
+
+
+def test_gather_reads_another_matrix_by_the_pattern() -> None:
+    weight = torch.randn(10, 7, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[True, False], [False, True], [True, True]])
+    sparse = BlockSparse.from_dense(weight, 4, mask)
+    other = torch.randn(7, 10, generator=torch.Generator().manual_seed(1)).t()
+    assert torch.equal(sparse.gather(other), BlockSparse.from_dense(other, 4, mask).values)
+    with pytest.raises(ValueError, match=r"shape \(10, 7\), got \(7, 10\)"):
+        sparse.gather(other.t())
+    with pytest.raises(TypeError, match="dense to be a Tensor, got list"):
+        sparse.gather([[1.0]])  # type: ignore[arg-type]
+
+
+def test_a_pattern_of_bad_indices_is_refused() -> None:
+    good = BlockSparse.from_dense(torch.ones(8, 8), 4).pattern
+    tensors = good.tensors()
+    assert all(torch.equal(a, b) for a, b in zip(Pattern(*tensors).tensors(), tensors, strict=True))
+    for i, change, match in [
+        (1, torch.full_like(good.col, -(10**8)), "col to be 4 numbers of 0 to 1"),
+        (2, good.row_of + 5, "row_of to be 4 numbers of 0 to 1"),
+        (0, good.row_ptr + 1, "row_ptr to be what Pattern.from_mask makes"),
+        (5, good.position_t.flip(0), "position_t to be what Pattern.from_mask makes"),
+        (4, good.row_t.long(), "row_t to be torch.int32, got torch.int64"),
+        (3, None, "col_ptr to be a Tensor, got NoneType"),
+    ]:
+        with pytest.raises((TypeError, ValueError), match=match):
+            Pattern(*tensors[:i], change, *tensors[i + 1 :])

@@ -55,3 +55,15 @@ def test_a_stranger_is_refused() -> None:
     stranger = nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match=r"got a parameter of shape \(3,\)"):
         surgery.replace_parameter(optimizer, stranger, stranger, lambda t: t)
+
+
+def test_only_moments_and_numbers_can_be_carried_over() -> None:
+    model, optimizer = trained(torch.optim.AdamW)
+    surgery.check_replaceable(optimizer, model.weight, "weight", ndim=3)
+    optimizer.state[model.weight]["history"] = [torch.ones(4, 6), torch.ones(2)]
+    with pytest.raises(ValueError, match=r"got 'history' with torch.float32 of shape \(4, 6\)"):
+        surgery.check_replaceable(optimizer, model.weight, "weight", ndim=3)
+    stranger = nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match=r"got one without other"):
+        surgery.check_replaceable(optimizer, stranger, "other", ndim=3)
+    surgery.check_replaceable(optimizer, stranger.requires_grad_(False), "other", ndim=3)

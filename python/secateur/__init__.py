@@ -1,6 +1,7 @@
 """Prune networks while they train, and train faster as they thin out."""
 
-from secateur import nn, ops
+from secateur import nn as nn
+from secateur import ops as ops
 from secateur._C import build_info
 from secateur.criteria import (
     OBD,
@@ -17,7 +18,16 @@ from secateur.curvature import hutchinson_diagonal
 from secateur.granularity import Block, Element, Granularity
 from secateur.nn import BlockSparseLinear, densify, sparsify
 from secateur.pruner import Pruner, prune_
-from secateur.schedules import Cubic, Exponential, Linear, OneShot, Ramp, Schedule, Threshold
+from secateur.schedules import (
+    Cubic,
+    Exponential,
+    Linear,
+    OneShot,
+    Ramp,
+    Schedule,
+    Target,
+    Threshold,
+)
 from secateur.sparse import BlockSparse
 
 __version__ = "0.1.0"
@@ -42,14 +52,13 @@ __all__ = [
     "Ramp",
     "Random",
     "Schedule",
+    "Target",
     "Taylor",
     "Threshold",
     "__version__",
     "build_info",
     "densify",
     "hutchinson_diagonal",
-    "nn",
-    "ops",
     "prune_",
     "sparsify",
 ]

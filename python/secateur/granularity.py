@@ -13,7 +13,6 @@ from secateur import ops
 __all__ = ["Block", "Element", "Granularity"]
 
 
-
 @dataclass(frozen=True)
 class Granularity:
     """A tiling of a weight matrix into units of pruning."""

@@ -142,6 +142,8 @@ def _parameters(model: nn.Module) -> list[_Found]:
 
 
 def _kind(module: nn.Module, leaf: str, parameter: nn.Parameter) -> str:
+    if getattr(module, "is_block_sparse", False) and leaf == "values":
+        return "block-sparse"
     if isinstance(module, _EMBEDDINGS) or leaf.endswith(_EMBEDDING_ENDINGS):
         return "embedding"
     if isinstance(module, _NORMS):
@@ -226,9 +228,11 @@ def find_layers(
             skipped[name] = kind
         elif parameter.numel() == 0:
             skipped[name] = "empty"
-        elif reason := _unprunable(parameter, frozen):
+        elif reason := _unprunable(found, frozen):
             if includes is not None:
-                raise ValueError(f"expected include to name what can be pruned, got {name!r}, {reason}")
+                raise ValueError(
+                    f"expected include to name what can be pruned, got {name!r}, {reason}"
+                )
             skipped[name] = reason
         else:
             rows = parameter.shape[0] if parameter.ndim >= 2 else parameter.numel()
@@ -254,8 +258,11 @@ def find_layers(
     return layers, skipped
 
 
-def _unprunable(parameter: nn.Parameter, frozen: bool) -> str:
+def _unprunable(found: _Found, frozen: bool) -> str:
     """Why a parameter cannot be pruned; empty where it can."""
+    parameter = found.parameter
+    if found.kind == "block-sparse":
+        return "block-sparse: densify first"
     if parameter.dtype not in FLOATS:
         return f"of dtype {parameter.dtype}"
     if not (parameter.requires_grad or frozen):

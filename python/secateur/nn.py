@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from secateur import ops, surgery
-from secateur.sparse import BlockSparse
+from secateur.sparse import BlockSparse, block_size, live_blocks
 
 __all__ = ["BlockSparseLinear", "densify", "sparsify"]
 
@@ -37,33 +37,44 @@ class BlockSparseLinear(nn.Module):
 
     row_index: Tensor
     col_index: Tensor
+    is_block_sparse = True  # its values are no matrix: pruners leave them alone
 
     def __init__(self, weight: BlockSparse, bias: Tensor | None = None) -> None:
         super().__init__()
+        if not isinstance(weight, BlockSparse):
+            raise TypeError(
+                "expected weight to be a BlockSparse (BlockSparse.from_dense makes one), got "
+                f"{type(weight).__name__}"
+            )
         self.out_features, self.in_features = weight.shape
+        if bias is not None and bias.shape != (self.out_features,):
+            raise ValueError(
+                f"expected bias of shape ({self.out_features},), got {tuple(bias.shape)}"
+            )
         self.values = nn.Parameter(weight.values.detach())
         self.register_parameter("bias", None)
         if bias is not None:
             self.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
-        self._pattern = weight.with_values(self.values.detach())
+        self._pattern = weight.pattern
         # In the state dict, so that values are never loaded into another pattern's places.
         self.register_buffer("row_index", weight.row_index)
         self.register_buffer("col_index", weight.col_index)
 
     @property
     def weight(self) -> BlockSparse:
-        return self._pattern.with_values(self.values)
+        shape = (self.out_features, self.in_features)
+        return BlockSparse(self.values, self._pattern, shape)
 
     @property
     def density(self) -> float:
         """Fraction of the dense weights that lie in live blocks."""
-        return self._pattern.density
+        return self.weight.density
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.block_sparse_linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
-        rows, cols = self._pattern.block
+        rows, cols = self.weight.block
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, block={rows}x{cols}, density={self.density:.4f}"
@@ -71,7 +82,7 @@ class BlockSparseLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockSparseLinear:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own
-        self._pattern = self._pattern.to(self.values.device).with_values(self.values.detach())
+        self._pattern = self._pattern.to(self.values.device)
         return self
 
     def _load_from_state_dict(
@@ -95,51 +106,53 @@ def sparsify(
 ) -> nn.Module:
     """Replace pruned ``nn.Linear`` layers by :class:`BlockSparseLinear`, in place.
 
-    Weight, gradient and optimizer moments shrink to the live blocks; what was dead is gone.
+    Weight, gradient and optimizer moments shrink to the live blocks; what was dead is gone. An
+    optimizer that exists has to be given: otherwise it goes on holding the old weights.
 
     Args:
-        model: a module whose Linear layers hold exact zeros; layers whose weight is shared with
-            another module stay dense.
+        model: a module whose Linear layers hold exact zeros. Left dense are layers whose weight is
+            shared with another module or is no plain parameter (parametrizations), subclasses of
+            Linear, and layers with hooks, which would be lost.
         optimizer: holds the weights to be replaced; their moments are carried over.
         block: size of the blocks, for every layer with a block of zeros. None: per layer the size
-            (64, 32, 16, 8 or 1) that costs least by the measured cost of each, and only layers
-            that gain.
+            (128, 64, 32, 16, 8 or 1) that costs least by the measured cost of each, and only
+            layers that gain in time and memory.
 
     Returns:
         ``model``, or its replacement where it is itself a Linear.
 
     Raises:
-        ValueError: no layer would change (with the density of each), or the optimizer does not hold
-            a weight. Nothing is changed then.
+        TypeError: an argument is not what it should be.
+        ValueError: no layer would change (with the reason of each), or the optimizer does not hold
+            a weight or keeps state that cannot be carried over. Nothing is changed then.
     """
-    chosen, stay_dense = _plan(model, block)
+    _check_arguments(model, optimizer)
+    chosen, stay_dense = _plan(model, None if block is None else block_size(block))
     if not chosen:
         raise ValueError(
             "expected Linear layers with enough zeros to gain from block-sparse execution, got "
             + (", ".join(stay_dense) or "no Linear layer")
         )
     if optimizer is not None:
-        _check_held(optimizer, [(names[0], "weight", m.weight) for names, m, _, _ in chosen])
-    for names, module, size, mask in chosen:
+        for names, module, _ in chosen:
+            surgery.check_replaceable(optimizer, module.weight, f"{names[0]}.weight", ndim=3)
+    for names, module, sparse in chosen:
         weight = module.weight
-        sparse = BlockSparse.from_dense(weight.detach(), size, mask)
-
-        def gather(t: Tensor, sparse: BlockSparse = sparse, mask: Tensor = mask) -> Tensor:
-            return BlockSparse.from_dense(t.detach(), sparse.block, mask).values
-
         layer = BlockSparseLinear(sparse, module.bias)
         layer.values.requires_grad_(weight.requires_grad)
         layer.train(module.training)
         if weight.grad is not None:
-            layer.values.grad = gather(weight.grad)
+            layer.values.grad = sparse.gather(weight.grad)
         if optimizer is not None and surgery.group_of(optimizer, weight) is not None:
-            surgery.replace_parameter(optimizer, weight, layer.values, gather)
+            surgery.replace_parameter(optimizer, weight, layer.values, sparse.gather)
         model = _replace(model, names, layer)
     return model
 
 
 def densify(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
     """Replace every :class:`BlockSparseLinear` by ``nn.Linear``, in place: undoes :func:`sparsify`.
+
+    Dead weights are zero and free again: nothing but a new pruner keeps them dead.
 
     Args:
         model: a module with block-sparse layers.
@@ -149,14 +162,22 @@ def densify(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
         ``model``, or its replacement where it is itself a block-sparse layer.
 
     Raises:
-        ValueError: there is no block-sparse layer, or the optimizer does not hold one's values.
-            Nothing is changed then.
+        TypeError: an argument is not what it should be.
+        ValueError: there is no block-sparse layer, one has hooks, which would be lost, or the
+            optimizer does not hold one's values or keeps state that cannot be carried over. Nothing
+            is changed then.
     """
+    _check_arguments(model, optimizer)
     chosen = [(names, m) for names, m in _modules(model) if isinstance(m, BlockSparseLinear)]
     if not chosen:
         raise ValueError("expected a model with BlockSparseLinear layers, got none")
-    if optimizer is not None:
-        _check_held(optimizer, [(names[0], "values", m.values) for names, m in chosen])
+    for names, module in chosen:
+        if _has_hooks(module):
+            raise ValueError(
+                f"expected block-sparse layers without hooks, which would be lost, got {names[0]!r}"
+            )
+        if optimizer is not None:
+            surgery.check_replaceable(optimizer, module.values, f"{names[0]}.values", ndim=2)
     for names, module in chosen:
         values, sparse = module.values, module.weight
 
@@ -183,19 +204,30 @@ def _modules(model: nn.Module) -> list[tuple[list[str], nn.Module]]:
     return [(names, module) for module, names in names.items()]
 
 
-_Conversion = tuple[list[str], nn.Linear, "int | tuple[int, int]", Tensor]
-"""Names of a layer, the layer, its block size and the mask of its live blocks."""
+def _check_arguments(model: nn.Module, optimizer: Optimizer | None) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            "expected optimizer to be a torch.optim.Optimizer or None, got "
+            f"{type(optimizer).__name__}"
+        )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether the user has hung hooks on a module: forward, backward, state dict."""
+    return any(value for name, value in vars(module).items() if name.endswith("_hooks"))
 
 
 def _plan(
-    model: nn.Module, block: int | tuple[int, int] | None
-) -> tuple[list[_Conversion], list[str]]:
-    """The layers to convert, and a description of each that stays dense."""
+    model: nn.Module, block: tuple[int, int] | None
+) -> tuple[list[tuple[list[str], nn.Linear, BlockSparse]], list[str]]:
+    """The layers to convert (names, layer, what its weight becomes), and why others stay dense."""
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    chosen: list[_Conversion] = []
+    chosen: list[tuple[list[str], nn.Linear, BlockSparse]] = []
     stay_dense = []
     for names, module in _modules(model):
         # Subclasses are left alone: their forward may do more (nn.MultiheadAttention's out_proj).
@@ -203,23 +235,19 @@ def _plan(
             continue
         weight = module.weight.detach()
         size = _best_block(weight) if block is None else block
-        if size is not None and owners[id(module.weight)] == 1:
-            mask = _live_blocks(weight, size)
-            if not mask.all():
-                chosen.append((names, module, size, mask))
-                continue
-        density = weight.count_nonzero().item() / weight.numel()
-        stay_dense.append(f"{names[0] or 'the model'} (density {density:.3f})")
+        if module._parameters.get("weight") is None:
+            reason = "reparametrized: make the weight a plain parameter first"
+        elif owners[id(module.weight)] > 1:
+            reason = "its weight is shared"
+        elif _has_hooks(module):
+            reason = "hooks would be lost"
+        elif size is None or live_blocks(weight, size).all():
+            reason = f"density {weight.count_nonzero().item() / weight.numel():.3f}"
+        else:
+            chosen.append((names, module, BlockSparse.from_dense(weight, size)))
+            continue
+        stay_dense.append(f"{names[0] or 'the model'} ({reason})")
     return chosen, stay_dense
-
-
-def _check_held(optimizer: Optimizer, parameters: list[tuple[str, str, Tensor]]) -> None:
-    for module, leaf, parameter in parameters:
-        if parameter.requires_grad and surgery.group_of(optimizer, parameter) is None:
-            raise ValueError(
-                "expected the optimizer to hold every parameter that is replaced, got one without "
-                f"{module}.{leaf}"
-            )
 
 
 def _replace(model: nn.Module, names: list[str], layer: nn.Module) -> nn.Module:
@@ -231,21 +259,14 @@ def _replace(model: nn.Module, names: list[str], layer: nn.Module) -> nn.Module:
     return model
 
 
-def _live_blocks(weight: Tensor, block: int | tuple[int, int]) -> Tensor:
-    """bool (ceil(N / rows), ceil(K / cols)): which blocks hold a non-zero."""
-    rows, cols = (block, block) if isinstance(block, int) else block
-    edge = (0, -weight.shape[1] % cols, 0, -weight.shape[0] % rows)
-    live: Tensor = nn.functional.pad(weight != 0, edge, value=False)
-    grid = -(-weight.shape[0] // rows), -(-weight.shape[1] // cols)
-    return live.view(grid[0], rows, grid[1], cols).any(3).any(1)
-
-
-def _costs(weight: Tensor) -> Iterator[tuple[float, int]]:
-    for size, cost in _COST.items():
-        yield _live_blocks(weight, size).float().mean().item() * cost, size
-
-
-def _best_block(weight: Tensor) -> int | None:
+def _best_block(weight: Tensor) -> tuple[int, int] | None:
     """The block size that costs least, None where dense costs less than any."""
-    cost, size = min(_costs(weight))
-    return size if cost < 1 else None
+    costs = []
+    for size, cost in _COST.items():
+        density = live_blocks(weight, size).float().mean().item()
+        # A single weight is stored with its row and its column, and again for the transpose.
+        stored = density * (1 + 4 / size**2)
+        if stored < 1:
+            costs.append((density * cost, size))
+    cost, size = min(costs, default=(1.0, 0))
+    return (size, size) if cost < 1 else None

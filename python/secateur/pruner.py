@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -325,7 +325,7 @@ class Pruner:
         grad = layer.parameter.grad
         # A fused optimizer unscales inside its step: here the gradient still carries GradScaler's
         # scale, and half precision may hold neither the scale nor the quotient.
-        scale = getattr(self.optimizer, "grad_scale", None)
+        scale: Tensor | None = getattr(self.optimizer, "grad_scale", None)
         if grad is None or scale is None:
             return grad
         return grad.to(layer.score_dtype) / scale.to(grad.device)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from secateur.layers import walk
 from secateur.nn import BlockSparseLinear
 from secateur.pruner import Pruner
 
@@ -66,7 +67,7 @@ def summary(pruner: Pruner, model: nn.Module) -> list[LayerReport]:
         pruner: at work, or removed after it.
         model: the pruner's model; before or after :func:`secateur.sparsify`.
     """
-    modules = dict(model.named_modules())
+    modules = dict(walk(model))
     reports = []
     for layer in pruner.layers:
         module = modules.get(layer.name.rpartition(".")[0])

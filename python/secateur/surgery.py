@@ -48,9 +48,12 @@ def check_replaceable(optimizer: Optimizer, parameter: Tensor, name: str, ndim: 
             )
         return
     if isinstance(optimizer, LBFGS) or (isinstance(optimizer, Muon) and ndim != 2):
-        limit = "2-D parameters only" if isinstance(optimizer, Muon) else "a fixed set of parameters"
+        limit = (
+            "2-D parameters only" if isinstance(optimizer, Muon) else "a fixed set of parameters"
+        )
         raise ValueError(
-            f"expected an optimizer that can train a replaced {name}, got {kind}, which takes {limit}"
+            f"expected an optimizer that can train a replaced {name}, got {kind}, which takes "
+            f"{limit}"
         )
     for key, value in optimizer.state.get(parameter, {}).items():
         if _is_moment(value, parameter):
