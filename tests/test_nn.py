@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 
 import secateur
 from secateur import BlockSparseLinear
@@ -187,11 +188,11 @@ def test_state_that_cannot_be_carried_over_is_refused(optimizer_type: Any, match
 
 def test_reparametrized_layers_stay_dense() -> None:
     model = make_model(16)
-    torch.nn.utils.prune.l1_unstructured(model[0], "weight", 0.9)
-    torch.nn.utils.parametrizations.weight_norm(model[2])
+    prune.l1_unstructured(model[0], "weight", 0.9)
+    parametrizations.weight_norm(model[2])
     with pytest.raises(ValueError, match=r"0 \(reparametrized.*2 \(reparametrized"):
         secateur.sparsify(model)
-    torch.nn.utils.prune.remove(model[0], "weight")
+    prune.remove(model[0], "weight")
     secateur.sparsify(model)
     assert isinstance(model[0], BlockSparseLinear)
 
@@ -224,7 +225,7 @@ def test_bad_arguments_are_refused() -> None:
         with pytest.raises(TypeError, match=r"torch.optim.Optimizer or None, got generator"):
             call(model, model.parameters())
     sparse = secateur.BlockSparse.from_dense(torch.ones(8, 4), 4)
-    with pytest.raises(TypeError, match="a BlockSparse .* got Tensor"):
+    with pytest.raises(TypeError, match=r"a BlockSparse .* got Tensor"):
         BlockSparseLinear(torch.ones(8, 4))
     with pytest.raises(ValueError, match=r"bias of shape \(8,\), got \(4,\)"):
         BlockSparseLinear(sparse, torch.ones(4))
