@@ -190,7 +190,7 @@ def test_reparametrized_layers_stay_dense() -> None:
     model = make_model(16)
     prune.l1_unstructured(model[0], "weight", 0.9)
     parametrizations.weight_norm(model[2])
-    with pytest.raises(ValueError, match=r"0 \(reparametrized.*2 \(reparametrized"):
+    with pytest.raises(ValueError, match=r"got 0 \(reparametrized"):
         secateur.sparsify(model)
     prune.remove(model[0], "weight")
     secateur.sparsify(model)
@@ -231,7 +231,7 @@ def test_bad_arguments_are_refused() -> None:
         BlockSparseLinear(sparse, torch.ones(4))
 
 
-def test_sparse_execution_has_to_save_memory() -> None:
+def test_a_layer_that_would_hardly_gain_stays_dense() -> None:
     model = nn.Linear(64, 64)
     secateur.prune_(model, secateur.Magnitude(), secateur.Element(), sparsity=0.7)
     with pytest.raises(ValueError, match=r"the model \(density 0.300\)"):
