@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -353,10 +352,10 @@ class Pruner:
     def _observe(self, inputs: Inputs, decay: float, gain: float) -> None:
         """Write this step's scores into the running ones; nothing where one is not finite."""
         measurements = [measured(self.criterion, layer, inputs) for layer in self.layers]
-        for layer, tensors in zip(self.layers, measurements, strict=True):
-            # One NaN would stay in the running score for ever.
-            largest = nn.utils.get_total_norm([t for t in tensors if t is not None], math.inf)
-            if not largest.isfinite():
+        # One NaN would stay in the running score for ever; it reaches every gradient it touches.
+        for layer, (weight, grad) in zip(self.layers, measurements, strict=True):
+            extremes = (weight if grad is None else grad).aminmax()  # NaN is both
+            if not all(extreme.isfinite() for extreme in extremes):
                 raise non_finite(layer, self.steps)
         for layer, (weight, grad) in zip(self.layers, measurements, strict=True):
             fresh = layer.state is None
