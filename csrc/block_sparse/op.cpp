@@ -25,7 +25,8 @@ const int32_t* indices(const char* op, const char* name, const Tensor& t, int64_
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The arguments that all three products share. Of the indices only number and dtype are checked:
-// that they lie in the grid is for the caller, as Python's Pattern sees to, once and not every call.
+// that they lie in the grid is for the caller, as Python's Pattern sees to, once and not every
+// call.
 Args make_args(const char* op, Product product, Dtype dtype, int64_t batch, int64_t out_features,
                int64_t in_features, int64_t rows, int64_t cols, const Pattern& pattern) {
   STD_TORCH_CHECK(rows > 0 && cols > 0, op, ": expected blocks of at least 1 x 1, got ", rows,
