@@ -1036,7 +1036,7 @@ def test_bad_optimizer_is_refused() -> None:
     model = make_model()
     with pytest.raises(ValueError, match=r"got one without \['0.weight', '3.weight', '5.weight'\]"):
         Pruner(model, adamw(make_model()), **GOOD)
-    with pytest.raises(TypeError, match="Optimizer or None"):
+    with pytest.raises(TypeError, match="Optimizer, a list of them or None"):
         Pruner(model, model.parameters(), **GOOD)  # type: ignore[arg-type]
 
 

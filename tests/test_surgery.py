@@ -23,9 +23,9 @@ def trained(optimizer_type: type[torch.optim.Optimizer]) -> tuple[nn.Linear, tor
 def test_moments_are_found_and_step_counts_are_not() -> None:
     model, optimizer = trained(torch.optim.AdamW)
     state = optimizer.state[model.weight]
-    found = surgery.moments(optimizer, model.weight)
+    found = [t for _, t in surgery.moments(optimizer, model.weight)]
     assert [id(t) for t in found] == [id(state["exp_avg"]), id(state["exp_avg_sq"])]
-    assert surgery.moments(optimizer, nn.Parameter(torch.ones(2))) == []
+    assert list(surgery.moments(optimizer, nn.Parameter(torch.ones(2)))) == []
 
 
 def test_group_of() -> None:

@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from secateur import ops
 from secateur.granularity import Granularity
 from secateur.ops._spec import FLOATS
+from secateur.ranks import Ranks
+from secateur.shards import ALONE, Split, part, split_of
 
-__all__ = ["Layer", "find_layers", "walk"]
+__all__ = ["Layer", "count", "find_layers", "named_tensors", "walk", "wrappers"]
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -25,15 +28,21 @@ _EMBEDDING_ENDINGS = ("embed", "embedding", "embeddings", "emb", "_token")
 class Layer:
     """One pruned parameter: what is alive in it, and how it got there.
 
+    Masks and scores are of the part of the parameter that lies on this process: all of it, or its
+    rows where it is sharded. Counts are of the whole.
+
     Attributes:
         name: the parameter's name, without the prefixes of wrappers.
         parameter: the dense parameter, zero where dead.
         matrix: (rows, cols) it is seen as: (shape[0], the rest), (n, 1) for one dimension.
         block: (rows, cols) of a unit.
+        split: how it is spread over processes.
+        master: what the optimizer trains in the parameter's place, of higher precision; None: the
+            parameter itself.
         bits: uint8, the packed mask of its weights (see ``ops.pack_mask``).
         unit_bits: uint8, the packed mask of its units, row-major.
         alive, alive_units: how many weights and units live.
-        state: running score, ``parameter.shape`` in the compute dtype; None before the first.
+        state: running score, in the compute dtype; None before the first.
         target: the sparsity last asked for, as a fraction of the units that compete with its own.
         floor_held: whether its best unit lives only because a layer keeps at least one.
     """
@@ -42,6 +51,8 @@ class Layer:
     parameter: nn.Parameter
     matrix: tuple[int, int]
     block: tuple[int, int]
+    split: Split = ALONE
+    master: Tensor | None = None
     bits: Tensor = field(init=False)
     unit_bits: Tensor = field(init=False)
     alive: int = field(init=False)
@@ -51,20 +62,38 @@ class Layer:
     floor_held: bool = False
 
     def __post_init__(self) -> None:
-        self.set_mask(torch.ones(self.shape, dtype=torch.bool, device=self.parameter.device))
+        units = torch.ones(self.own_grid, dtype=torch.bool, device=self.own.device)
+        self.take_units(ops.pack_mask(units))
+        self.alive, self.alive_units = self.parameter.numel(), self.units
 
     @property
     def shape(self) -> torch.Size:
         return self.parameter.shape
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """(rows, cols) of units."""
-        return (-(-self.matrix[0] // self.block[0]), -(-self.matrix[1] // self.block[1]))
+    def trained(self) -> Tensor:
+        """What the optimizer trains: the master, or the parameter."""
+        return self.parameter if self.master is None else self.master
+
+    @property
+    def own(self) -> Tensor:
+        """The part of what is trained that lies here, without autograd."""
+        return part(self.trained)
+
+    @property
+    def own_matrix(self) -> tuple[int, int]:
+        """(rows, cols) of the part that lies here."""
+        return self.own.shape[0], self.matrix[1]
+
+    @property
+    def own_grid(self) -> tuple[int, int]:
+        """(rows, cols) of the units that lie here."""
+        return _grid(self.own_matrix, self.block)
 
     @property
     def units(self) -> int:
-        return self.grid[0] * self.grid[1]
+        rows, cols = _grid(self.matrix, self.block)
+        return rows * cols
 
     @property
     def sparsity(self) -> float:
@@ -74,49 +103,90 @@ class Layer:
     @property
     def score_dtype(self) -> torch.dtype:
         """What its scores are computed in."""
-        return ops.compute_dtype(self.parameter.dtype)
+        return ops.compute_dtype(self.trained.dtype)
 
     @property
     def mask(self) -> Tensor:
-        """bool of the parameter's shape, True = alive."""
-        return ops.unpack_mask(self.bits, self.shape)
+        """bool of the parameter's shape, True = alive; sharded as the parameter is."""
+        return self.split.wrap(ops.unpack_mask(self.bits, self.own.shape), self.parameter)
 
-    def set_mask(self, mask: Tensor) -> None:
-        """Take a mask of weights; its units must be alive or dead as a whole."""
-        units = mask.reshape(self.matrix)[:: self.block[0], :: self.block[1]]
-        self._set(ops.pack_mask(mask), ops.pack_mask(units), mask, units)
+    def units_of(self, mask: Tensor) -> Tensor:
+        """The packed mask of the units that lie here, from the bool mask of their weights.
 
-    def set_units(self, unit_bits: Tensor) -> None:
-        """Take a packed mask of units."""
-        units = ops.unpack_mask(unit_bits, self.grid)
-        mask = self.expand(units)
-        bits = unit_bits if self.block == (1, 1) else ops.pack_mask(mask)
-        self._set(bits, unit_bits, mask, units)
+        Looks at the first weight of each unit: they live and die together.
+        """
+        matrix = mask.reshape(self.own_matrix)
+        return ops.pack_mask(matrix[:: self.block[0], :: self.block[1]])
+
+    def take_units(self, unit_bits: Tensor) -> None:
+        """Take a packed mask of the units that lie here; the counts are left to :func:`count`."""
+        elementwise = self.block == (1, 1)
+        self.bits = unit_bits if elementwise else ops.pack_mask(self.expanded(unit_bits))
+        self.unit_bits = unit_bits
 
     def expand(self, units: Tensor) -> Tensor:
-        """bool (grid) -> bool (parameter.shape)."""
-        rows, cols = self.matrix
+        """The bool mask of the weights that lie here, from that of their units, (rows, cols)."""
+        rows, cols = self.own_matrix
         mask = units.repeat_interleave(self.block[0], 0)[:rows]
-        return mask.repeat_interleave(self.block[1], 1)[:, :cols].reshape(self.shape)
+        return mask.repeat_interleave(self.block[1], 1)[:, :cols].reshape(self.own.shape)
 
-    def _set(self, bits: Tensor, unit_bits: Tensor, mask: Tensor, units: Tensor) -> None:
-        self.bits, self.unit_bits = bits, unit_bits
-        self.alive, self.alive_units = int(mask.sum()), int(units.sum())
+    def expanded(self, unit_bits: Tensor) -> Tensor:
+        """:meth:`expand` of a packed mask."""
+        return self.expand(ops.unpack_mask(unit_bits, self.own_grid))
+
+    def follow(self) -> None:
+        """Move masks and scores to where the parameter has been moved."""
+        device = self.own.device
+        if self.bits.device != device:
+            self.bits, self.unit_bits = self.bits.to(device), self.unit_bits.to(device)
+            self.state = None if self.state is None else self.state.to(device)
 
 
-def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) as the user named them: DataParallel, DistributedDataParallel and
-    torch.compile are seen through. A module with several names comes once for each."""
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+def count(layers: Sequence[Layer]) -> None:
+    """Bring the counts of what lives up to date, over all processes."""
+    own: list[int] = []
+    for layer in layers:
+        own.append(int(ops.unpack_mask(layer.bits, layer.own.shape).sum()))
+        own.append(int(ops.unpack_mask(layer.unit_bits, layer.own_grid).sum()))
+    totals = layers[0].split.total(own, layers[0].own.device)
+    for layer, alive, units in zip(layers, totals[::2], totals[1::2], strict=True):
+        layer.alive, layer.alive_units = alive, units
+
+
+def wrappers(model: nn.Module) -> Iterator[nn.Module]:
+    """``model`` and what it wraps, from the outside in; the last is the user's own module."""
+    wraps = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
     inner: object = model
     while isinstance(inner, nn.Module):
         model = inner
-        wrapped = isinstance(model, wrappers)
+        yield model
+        wrapped = isinstance(model, wraps)
         inner = model.module if wrapped else getattr(model, "_orig_mod", None)
+
+
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) as the user named them: DataParallel, DistributedDataParallel, AveragedModel
+    and torch.compile are seen through. A module with several names comes once for each."""
+    *_, model = wrappers(model)
     yield "", model
     for child, module in model._modules.items():
         for name, descendant in walk(module) if module is not None else ():
             yield f"{child}.{name}" if name else child, descendant
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by each of its names, without the prefixes of wrappers."""
+    return {
+        f"{module_name}.{leaf}" if module_name else leaf: tensor
+        for module_name, module in walk(model)
+        for tensors in (module._parameters, module._buffers)
+        for leaf, tensor in tensors.items()
+        if tensor is not None
+    }
+
+
+def _grid(matrix: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
+    return -(-matrix[0] // block[0]), -(-matrix[1] // block[1])
 
 
 @dataclass
@@ -189,23 +259,30 @@ def find_layers(
     include: str | Sequence[str] | None,
     exclude: str | Sequence[str] | None,
     *,
+    copies: Ranks | None = None,
     frozen: bool = False,
 ) -> tuple[list[Layer], dict[str, str]]:
     """The layers to prune, and why each other parameter is left out.
 
     Args:
         model, granularity, include, exclude: as for ``Pruner``.
+        copies: the processes that train copies of the model, see ``split_of``.
         frozen: whether parameters that do not require a gradient are pruned too.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
+    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        raise TypeError(
+            "expected a model sharded by torch.distributed.fsdp.fully_shard (FSDP2), got "
+            "FullyShardedDataParallel (FSDP1), which flattens parameters: no weight has rows"
+        )
     if not isinstance(granularity, Granularity):
         raise TypeError(
             f"expected a granularity such as Element() or Block(32), got {granularity!r}"
         )
     includes, excludes = _globs("include", include), _globs("exclude", exclude)
     unmatched = {*(includes or ()), *(excludes or ())}
-    layers: list[Layer] = []
+    chosen: dict[str, tuple[nn.Parameter, tuple[int, int], tuple[int, int]]] = {}
     skipped: dict[str, str] = {}
 
     def matches(globs: list[str] | None, targets: Iterable[str]) -> bool:
@@ -237,7 +314,7 @@ def find_layers(
         else:
             rows = parameter.shape[0] if parameter.ndim >= 2 else parameter.numel()
             matrix = (rows, parameter.numel() // rows)
-            layers.append(Layer(name, parameter, matrix, _block_of(granularity, matrix)))
+            chosen[name] = (parameter, matrix, _block_of(granularity, matrix))
 
     if unmatched:
         names = [name for found in parameters for name in found.names]
@@ -245,11 +322,21 @@ def find_layers(
             "expected every glob of include and exclude to match a parameter, or a module with "
             f"weights to prune, got no match for {sorted(unmatched)} among {names}"
         )
-    if not layers:
+    if not chosen:
         raise ValueError(
             "expected a model with weights to prune, got none"
             + (": " + ", ".join(f"{n} ({why})" for n, why in skipped.items()) if skipped else "")
         )
+    split = split_of({name: found[0] for name, found in chosen.items()}, copies)
+    for name, (_, (rows, _), (unit_rows, _)) in chosen.items():
+        each = split.rows_each(rows)
+        if each < rows and each % unit_rows:
+            raise ValueError(
+                f"expected shards of whole units of {unit_rows} rows, got {name!r} of {rows} rows "
+                f"in shards of {each} over {split.shards.size} processes: a number of rows that "
+                f"is a multiple of {unit_rows * split.shards.size} works"
+            )
+    layers = [Layer(name, *found, split) for name, found in chosen.items()]
     wide = {layer.name for layer in layers if layer.score_dtype == torch.float64}
     if 0 < len(wide) < len(layers):
         raise ValueError(

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from secateur import ops, surgery
+from secateur import ops, state, surgery
 from secateur.criteria import Criterion
 from secateur.granularity import Granularity
-from secateur.layers import Layer, find_layers
+from secateur.layers import Layer, count, find_layers, named_tensors, wrappers
+from secateur.masks import read_masks
+from secateur.plan import plan
+from secateur.ranks import Ranks
 from secateur.schedules import Schedule, Target
 from secateur.scope import share_out
-from secateur.selection import Inputs, choose, measured, non_finite, normalizer
+from secateur.selection import Inputs, choose, measured, non_finite, normalizer, unit_scores
+from secateur.shards import is_sharded, part
 
 __all__ = ["Pruner", "prune_"]
 
 _VERSION = 1  # of state_dict()
-_LISTED = 4  # names of one kind that the plan shows; Pruner.skipped has them all
+_CHECK_EVERY = 10  # mask updates
 
 
 class Pruner:
@@ -35,9 +41,11 @@ class Pruner:
 
     Args:
         model: the module; wrappers (DataParallel, DistributedDataParallel, torch.compile) are seen
-            through.
-        optimizer: holds the model's parameters; its ``step`` drives the schedule. None with
-            :meth:`update`, for hand-rolled updates.
+            through; it may be sharded by ``fully_shard``.
+        optimizer: holds the model's parameters; its ``step`` drives the schedule. Several take
+            their turns: scores are taken before the step of the one that trains the weight, and
+            masks are chosen when the last has its turn. None with :meth:`update`, for hand-rolled
+            updates.
         criterion: what a weight is worth (``secateur.criteria``).
         granularity: what lives or dies together (``secateur.granularity``).
         schedule: when, and how far (``secateur.schedules``).
@@ -46,17 +54,23 @@ class Pruner:
             stand for all weights inside. None: every weight of the model. A weight is a parameter
             of two dimensions or more that belongs to no norm and no embedding.
         exclude: name globs of the parameters or modules to leave out.
+        masters: by parameter name, the copies of higher precision that the optimizer trains in the
+            place of the parameters. They, their gradients and moments are scored and masked.
+        process_group: the processes that train copies of this model; their masks are compared at
+            every update. ``"auto"``: those of DistributedDataParallel or of the mesh, else the
+            default group where there is one. None: this process prunes on its own.
 
     Attributes:
         layers: what is pruned, one :class:`Layer` a parameter.
         skipped: names of the parameters that are left out, and why.
-        steps: optimizer steps taken since the pruner was made: the schedule's clock.
+        steps: optimizer steps taken since the pruner was made (of several optimizers: how often all
+            of them have stepped): the schedule's clock.
         idle_steps: due steps that had nothing to prune.
 
     Raises:
         TypeError, ValueError: an argument is not what it should be, a glob matches nothing, the
-            model has nothing to prune, an included parameter is frozen, or the optimizer does not
-            hold a parameter to prune.
+            model has nothing to prune, an included parameter is frozen, no optimizer holds a
+            parameter to prune, or another process was given something else.
 
     Example:
         >>> pruner = secateur.Pruner(
@@ -74,7 +88,7 @@ class Pruner:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer | None,
+        optimizer: Optimizer | Sequence[Optimizer] | None,
         *,
         criterion: Criterion,
         granularity: Granularity,
@@ -82,22 +96,19 @@ class Pruner:
         scope: str = "global",
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
+        masters: Mapping[str, Tensor] | None = None,
+        process_group: dist.ProcessGroup | Literal["auto"] | None = "auto",
     ) -> None:
         _check_policy(criterion, scope)
         if not isinstance(schedule, Schedule):
             raise TypeError(f"expected a schedule such as Cubic(0.9, ...), got {schedule!r}")
-        if optimizer is not None and not isinstance(optimizer, Optimizer):
-            raise TypeError(
-                f"expected optimizer to be a torch.optim.Optimizer or None, got {optimizer!r}"
-            )
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise TypeError(
-                "expected an optimizer that evaluates the gradient once a step, got LBFGS, whose "
-                "curvature history spans every weight: its steps would move the dead ones"
-            )
-        self.layers, self.skipped = find_layers(model, granularity, include, exclude)
-        self.optimizer = optimizer
-        self._check_parameters()
+        self.optimizers = _optimizers(optimizer)
+        self.layers, self.skipped = find_layers(
+            model, granularity, include, exclude, copies=_copies(model, process_group)
+        )
+        self.split = self.layers[0].split
+        _set_masters(self.layers, masters or {})
+        *_, self.model = wrappers(model)
         for layer in self.layers:
             if _GradientMask.holds(layer.parameter):
                 raise ValueError(
@@ -110,8 +121,14 @@ class Pruner:
         self.scope = scope
         self.steps = 0
         self.idle_steps = 0
+        self._mask_updates = 0
         self._in_update = False
+        self._turns: dict[str, int] = {}
+        self._waiting: set[int] = set()
+        self._scored: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
+        self._assign_turns()
+        self._agree()
         self._attach()
 
     def _attach(self) -> None:
@@ -119,23 +136,23 @@ class Pruner:
             layer.parameter.register_post_accumulate_grad_hook(_GradientMask(layer))
             for layer in self.layers
         ]
-        if self.optimizer is not None:
-            self._handles.append(self.optimizer.register_step_pre_hook(self._before_step))
-            self._handles.append(self.optimizer.register_step_post_hook(self._after_step))
+        for optimizer in self.optimizers:
+            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+            self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handles": bool(self._handles)}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, saved: dict[str, Any]) -> None:
         """A copy drives the copies of model and optimizer that it was copied with."""
-        attached = state.pop("_handles")
-        self.__dict__.update(state, _handles=[])
+        attached = saved.pop("_handles")
+        self.__dict__.update(saved, _handles=[])
         if attached:
             self._attach()
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """bool masks by parameter name, True = alive; copies."""
+        """bool masks by parameter name, True = alive; copies. DTensors where the parameter is."""
         return {layer.name: layer.mask for layer in self.layers}
 
     def sparsity(self) -> float:
@@ -150,7 +167,7 @@ class Pruner:
         life is zeroed on exit. A step of the optimizer inside is part of it; an update that raises
         does not count.
         """
-        self._before_update()
+        self._before_update(self.layers)
         self._in_update = True
         try:
             yield
@@ -168,105 +185,171 @@ class Pruner:
             handle.remove()
         self._handles = []
 
+    @torch.no_grad()
+    def mask_(self, model: nn.Module | Mapping[str, Tensor]) -> None:
+        """Zero the dead weights in another model of the same parameters, such as an average.
+
+        Args:
+            model: a module (``AveragedModel`` and other wrappers are seen through), or tensors by
+                parameter name. Changed in place.
+
+        Raises:
+            TypeError: ``model`` is neither.
+            ValueError: it lacks a pruned parameter, or has one of another shape. Nothing is changed
+                then.
+
+        Equivalent to:
+            ``for name, mask in pruner.masks.items(): model.get_parameter(name).data *= mask``
+        """
+        if not isinstance(model, (nn.Module, Mapping)):
+            raise TypeError(
+                f"expected a torch.nn.Module or a mapping of names to tensors, got {model!r}"
+            )
+        tensors = named_tensors(model) if isinstance(model, nn.Module) else model
+        for layer in self.layers:
+            found = tensors.get(layer.name)
+            if not isinstance(found, Tensor) or part(found).shape != layer.own.shape:
+                got = tuple(found.shape) if isinstance(found, Tensor) else repr(found)
+                raise ValueError(
+                    f"expected {layer.name!r} of shape {tuple(layer.shape)}, got {got} in a model "
+                    f"of {sorted(tensors)}"
+                )
+        self._mask((tensors[layer.name], layer) for layer in self.layers)
+
+    @torch.no_grad()
+    def load_masks_from(self, source: nn.Module | Mapping[str, Tensor]) -> None:
+        """Take over the masks of another model; the dead become zero here.
+
+        They are looked for under each parameter's name: first a mask of ``torch.nn.utils.prune``
+        (``weight_mask``), then one of ``torch.ao.pruning`` (``parametrizations.weight.0.mask``),
+        then the parameter itself: what is zero in it is dead.
+
+        Args:
+            source: a module, or tensors by name such as a state dict or :attr:`masks`.
+
+        Raises:
+            TypeError: ``source`` is neither.
+            ValueError: nothing is found for a parameter, or of another shape; nothing is pruned;
+                all of a layer is; or a mask cuts through units. Nothing is changed then.
+        """
+        unit_bits = read_masks(source, self.layers)
+        self._expect_same_masks(unit_bits)
+        for layer, units in zip(self.layers, unit_bits, strict=True):
+            layer.take_units(units)
+            layer.floor_held = False
+        count(self.layers)
+        self._mask_weights()
+        self._mask_gradients()
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Raise unless all that a pruner relies on holds; run every 10th mask update by itself.
+
+        Raises:
+            ValueError: a pruned parameter was replaced in the model or is in no optimizer any more,
+                its gradient is no longer masked, a dead weight or its moment is not zero (the
+                message says which tensor), or another process has other masks.
+        """
+        self._expect_parameters()
+        places: list[tuple[Layer, str]] = []
+        revived: list[int] = []
+        for layer in self.layers:
+            if self._handles and not _GradientMask.holds(layer.parameter):
+                raise ValueError(
+                    f"expected the pruner's gradient hook on {layer.name!r}, got none: something "
+                    "cleared the hooks of the parameter"
+                )
+            dead = ~ops.unpack_mask(layer.bits, layer.own.shape)
+            for what, tensor in self._masked_tensors(layer):
+                places.append((layer, what))
+                revived.append(int(part(tensor)[dead].count_nonzero()))
+        everywhere = self.split.total(revived, self.layers[0].own.device, copies=True)
+        for (layer, what), n in zip(places, everywhere, strict=True):
+            if n:
+                raise ValueError(
+                    f"expected the dead weights of {layer.name!r} to be zero in {what}, got {n} "
+                    "that are not: something other than a step of the optimizer wrote to it, such "
+                    "as a state dict that was loaded; mask_(model) after that"
+                )
+        self._expect_same_masks([layer.unit_bits for layer in self.layers])
+
     def state_dict(self) -> dict[str, Any]:
-        """Masks, running scores and position in the schedule; tensors and plain values only."""
+        """All that a run needs to go on bit for bit, besides model and optimizer.
+
+        Masks (one bit a weight), running scores, the position in the schedule, the settings, and
+        the state of torch's random generators. Tensors and plain values only, so that
+        ``torch.load(weights_only=True)`` reads it. Where the model is sharded every process has to
+        call it; masks are then of the whole, running scores sharded.
+        """
         return {
             "version": _VERSION,
             "settings": self._settings(),
             "steps": self.steps,
             "idle_steps": self.idle_steps,
-            "layers": {
-                layer.name: {
-                    "bits": layer.bits.clone(),
-                    "state": None if layer.state is None else layer.state.clone(),
-                    "target": layer.target,
-                    "floor_held": layer.floor_held,
-                }
-                for layer in self.layers
-            },
+            "mask_updates": self._mask_updates,
+            "layers": {layer.name: state.save_layer(layer) for layer in self.layers},
+            "rng": state.save_rng(self.split, self.layers[0].own.device),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    @torch.no_grad()
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken; weights and moments of the dead become zero.
 
+        Sets torch's random generators, too: a process that saved gets its own state back, another
+        one a state that follows from it.
+
         Args:
-            state: of a pruner of the same criterion, granularity, schedule and scope.
+            saved: of a pruner of the same criterion, granularity, schedule and scope.
 
         Raises:
             ValueError: the state is of other settings, names or shapes, or is no state. Nothing is
                 changed then.
         """
-        _expect_keys("the state of a Pruner", state, self.state_dict())
-        if state["version"] != _VERSION:
-            raise ValueError(f"expected a state of version {_VERSION}, got {state['version']!r}")
-        _expect_keys("settings", state["settings"], self._settings())
-        for key, ours in self._settings().items():
-            if state["settings"][key] != ours:
-                raise ValueError(
-                    f"expected a state saved with {key}={ours}, got {state['settings'][key]}"
-                )
-        for key in ("steps", "idle_steps"):
-            if type(state[key]) is not int or state[key] < 0:
-                raise ValueError(f"expected {key} to be a whole number, got {state[key]!r}")
-        _expect_keys("layers", state["layers"], {layer.name for layer in self.layers})
-        masks = [_check_layer(layer, state["layers"][layer.name]) for layer in self.layers]
-
-        for layer, mask in zip(self.layers, masks, strict=True):
-            saved = state["layers"][layer.name]
-            running = saved["state"]
-            layer.set_mask(mask)
-            layer.state = None if running is None else running.to(mask.device, copy=True)
-            layer.target, layer.floor_held = float(saved["target"]), saved["floor_held"]
-        self.steps, self.idle_steps = state["steps"], state["idle_steps"]
+        units = self._check_state(saved)
+        for layer, bits in zip(self.layers, units, strict=True):
+            state.load_layer(layer, saved["layers"][layer.name], bits)
+        count(self.layers)
+        self.steps, self.idle_steps = saved["steps"], saved["idle_steps"]
+        self._mask_updates = saved["mask_updates"]
         self._mask_weights()
         self._mask_gradients()
+        state.load_rng(saved["rng"], self.layers[0].own.device)
+
+    def _check_state(self, saved: Mapping[str, Any]) -> list[Tensor]:
+        """The packed masks of units in a saved state; ValueError where it does not fit."""
+        ours = {"version", "settings", "steps", "idle_steps", "mask_updates", "layers", "rng"}
+        state.expect_keys("the state of a Pruner", saved, ours)
+        if saved["version"] != _VERSION:
+            raise ValueError(f"expected a state of version {_VERSION}, got {saved['version']!r}")
+        state.expect_keys("settings", saved["settings"], self._settings())
+        for key, setting in self._settings().items():
+            if saved["settings"][key] != setting:
+                raise ValueError(
+                    f"expected a state saved with {key}={setting}, got {saved['settings'][key]}"
+                )
+        for key in ("steps", "idle_steps", "mask_updates"):
+            if type(saved[key]) is not int or saved[key] < 0:
+                raise ValueError(f"expected {key} to be a whole number, got {saved[key]!r}")
+        state.expect_keys("layers", saved["layers"], {layer.name for layer in self.layers})
+        state.check_rng(saved["rng"])
+        return [state.check_layer(layer, saved["layers"][layer.name]) for layer in self.layers]
 
     def __repr__(self) -> str:
         """The plan, and how far it has got."""
+        last = self.schedule.last
         lines = [
             f"Pruner after {self.steps} steps: {self.sparsity():.4f} of {self._numel():,} weights "
             "are dead"
             + (f"; {self.idle_steps} due steps had nothing to do" if self.idle_steps else "")
+            + (
+                "; the schedule has ended and nothing is pruned"
+                if last is not None and self.steps > last and self.sparsity() == 0
+                else ""
+            )
         ]
         lines += [f"  {key:<12} {value}" for key, value in self._settings().items()]
-        last = self.schedule.last
-        final = None if last is None else self.schedule.target(last)
-        to_prune = ["by score"] * len(self.layers)
-        if final is not None and final.sparsity is not None:
-            units = [layer.units for layer in self.layers]
-            for members, dead in share_out(self.scope, final.sparsity, units):
-                shared = f"{dead:,}"
-                if len(members) > 1:
-                    total = sum(units[i] for i in members)
-                    lines.append(f"  to prune     {dead:,} of {total:,} units, whichever they are")
-                    shared = "shared"
-                for i in members:
-                    to_prune[i] = shared
-        rows = [("parameter", "shape", "units", "to prune", "sparsity", "")]
-        for layer, share in zip(self.layers, to_prune, strict=True):
-            rows.append(
-                (
-                    layer.name,
-                    "x".join(map(str, layer.shape)),
-                    f"{layer.units:,} of {layer.block[0]}x{layer.block[1]}",
-                    share,
-                    f"{layer.sparsity:.4f}",
-                    "kept its best unit" if layer.floor_held else "",
-                )
-            )
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines += [
-            "  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
-        reasons: dict[str, list[str]] = {}
-        for name, why in self.skipped.items():
-            reasons.setdefault(why, []).append(name)
-        for why, names in reasons.items():
-            listed = ", ".join(names[:_LISTED])
-            more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-            lines.append(f"  left out ({why}): {listed}{more}")
-        return "\n".join(lines)
+        planned = plan(self.layers, self.skipped, self.schedule, self.scope)
+        return "\n".join([*lines, *(f"  {line}" for line in planned)])
 
     def _settings(self) -> dict[str, str]:
         return {
@@ -279,20 +362,66 @@ class Pruner:
     def _numel(self) -> int:
         return sum(layer.parameter.numel() for layer in self.layers)
 
+    def _agree(self) -> None:
+        """Take over rank 0's seed; ValueError on every process if one was given something else."""
+        parameters = [(layer.name, tuple(layer.shape)) for layer in self.layers]
+        for ranks in (self.split.shards, self.split.copies):
+            seed = getattr(self.criterion, "seed", None)
+            (first,) = ranks.share([seed or 0])
+            if seed is not None:
+                self.criterion = dataclasses.replace(self.criterion, seed=first)  # type: ignore[call-arg]
+            ranks.agree("settings", f"{self._settings()} for {parameters}")
+
+    def _assign_turns(self) -> None:
+        """Find which optimizer trains each layer; ValueError where none does."""
+        turns: dict[str, int] = {}
+        for layer in self.layers:
+            for i, optimizer in enumerate(self.optimizers):
+                if surgery.group_of(optimizer, layer.trained) is not None:
+                    turns.setdefault(layer.name, i)
+            if not self.optimizers:
+                turns[layer.name] = 0
+        lost = [layer.name for layer in self.layers if layer.name not in turns]
+        if lost:
+            raise ValueError(
+                "expected the optimizer to hold every parameter that is pruned, got one without "
+                f"{lost}: it was given other parameters, or they were replaced (sparsify); make "
+                "the pruner after that, or remove() it before"
+            )
+        if turns != self._turns:
+            self._turns, self._waiting = turns, set(turns.values())
+
+    def _expect_parameters(self) -> None:
+        """ValueError unless the model and the optimizers still hold what is pruned."""
+        self._assign_turns()
+        tensors = named_tensors(self.model)
+        for layer in self.layers:
+            found = tensors.get(layer.name)
+            # fully_shard puts whole parameters in the place of shards while it computes.
+            unsharded = is_sharded(layer.parameter) and not is_sharded(found)
+            if found is not layer.parameter and not unsharded:
+                raise ValueError(
+                    f"expected the model to hold the parameter {layer.name!r} that is pruned, got "
+                    "another one in its place: it was replaced after the pruner was made"
+                )
+
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._in_update or _is_skipped(optimizer):
+        mine = self._layers_of(optimizer)
+        if self._in_update or not mine or _is_skipped(optimizer):
             return None
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        closure: Callable[[], Any] | None = kwargs.get(
+            "closure", args[1] if len(args) > 1 else None
+        )
         if closure is None:
-            self._before_update()
+            self._before_update(mine)
             return None
 
         # The closure makes the gradients, so the masks are chosen right after it has run.
         def scored_closure() -> Any:
             loss = closure()
-            self._before_update()
+            self._before_update(mine)
             return loss
 
         if "closure" in kwargs:
@@ -302,62 +431,89 @@ class Pruner:
     def _after_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if not (self._in_update or _is_skipped(optimizer)):
-            self._mask_weights()
+        mine = self._layers_of(optimizer)
+        if self._in_update or not mine or _is_skipped(optimizer):
+            return
+        self._mask_weights(mine)
+        self._waiting -= {self._turns[layer.name] for layer in mine}
+        if not self._waiting:
             self._count_step()
 
+    def _layers_of(self, optimizer: Optimizer) -> list[Layer]:
+        turn = next(i for i, ours in enumerate(self.optimizers) if ours is optimizer)
+        return [layer for layer in self.layers if self._turns[layer.name] == turn]
+
     @torch.no_grad()
-    def _before_update(self) -> None:
-        inputs = Inputs(self.steps, self._gradient, self._given_state)
+    def _before_update(self, mine: Sequence[Layer]) -> None:
+        """Score the layers that are about to be updated; choose masks if they are the last ones."""
+        for layer in self.layers:
+            layer.follow()
+        inputs = Inputs(self.steps, self._gradient, self._given_state, self._scored)
         last = self.schedule.last
         if self.criterion.accumulation and (last is None or self.steps <= last):
-            self._observe(inputs, *self.criterion.accumulation)
+            self._observe(mine, inputs, *self.criterion.accumulation)
         target = self.schedule.target(self.steps)
-        if target is not None:
-            if not isinstance(target, Target):
-                raise TypeError(
-                    f"expected {self.schedule!r} to ask for a Target or None, got {target!r}"
-                )
-            self._prune(target, inputs)
+        if target is None:
+            return
+        if not isinstance(target, Target):
+            raise TypeError(
+                f"expected {self.schedule!r} to ask for a Target or None, got {target!r}"
+            )
+        self._expect_signal(mine)
+        if self._waiting - {self._turns[layer.name] for layer in mine}:
+            for i, layer in enumerate(self.layers):
+                if layer in mine:
+                    self._scored[layer.name] = unit_scores(
+                        i, layer, self.criterion, self.granularity, inputs
+                    )
+            return
+        self._prune(target, inputs)
 
     def _gradient(self, layer: Layer) -> Tensor | None:
-        grad = layer.parameter.grad
+        grad = layer.trained.grad
         # A fused optimizer unscales inside its step: here the gradient still carries GradScaler's
         # scale, and half precision may hold neither the scale nor the quotient.
-        scale: Tensor | None = getattr(self.optimizer, "grad_scale", None)
+        scale: Tensor | None = getattr(self._optimizer_of(layer), "grad_scale", None)
         if grad is None or scale is None:
             return grad
-        return grad.to(layer.score_dtype) / scale.to(grad.device)
+        return grad.to(layer.score_dtype) / float(scale)
 
     def _given_state(self, layer: Layer) -> tuple[Tensor, float] | None:
-        if self.optimizer is None:
+        optimizer = self._optimizer_of(layer)
+        if optimizer is None:
             return self.criterion.given_state(layer.name, {}, {})
-        group = surgery.group_of(self.optimizer, layer.parameter)
-        state = self.optimizer.state.get(layer.parameter, {})
-        return self.criterion.given_state(layer.name, state, group or {})
+        group = surgery.group_of(optimizer, layer.trained)
+        moments = optimizer.state.get(layer.trained, {})
+        return self.criterion.given_state(layer.name, moments, group or {})
 
-    def _check_parameters(self) -> None:
-        lost = [
-            layer.name
-            for layer in self.layers
-            if self.optimizer and surgery.group_of(self.optimizer, layer.parameter) is None
-        ]
-        if lost:
+    def _optimizer_of(self, layer: Layer) -> Optimizer | None:
+        return self.optimizers[self._turns[layer.name]] if self.optimizers else None
+
+    def _expect_signal(self, mine: Sequence[Layer]) -> None:
+        """ValueError where gradients decide and every one of them is zero: ties decided then."""
+        if not self.criterion.needs_gradient:
+            return
+        averages = self.criterion.accumulation is not None
+        signals = (layer.state if averages else layer.trained.grad for layer in mine)
+        here = any(signal is None or bool(part(signal).any()) for signal in signals)
+        if not self.split.total([int(here)], mine[0].own.device)[0]:
             raise ValueError(
-                "expected the optimizer to hold every parameter that is pruned, got one without "
-                f"{lost}: it was given other parameters, or they were replaced (sparsify); make "
-                "the pruner after that, or remove() it before"
+                f"expected gradients to score by at step {self.steps}, got only zeros: step after "
+                "backward() and before zero_grad()"
             )
 
-    def _observe(self, inputs: Inputs, decay: float, gain: float) -> None:
+    def _observe(self, mine: Sequence[Layer], inputs: Inputs, decay: float, gain: float) -> None:
         """Write this step's scores into the running ones; nothing where one is not finite."""
-        measurements = [measured(self.criterion, layer, inputs) for layer in self.layers]
+        measurements = [measured(self.criterion, layer, inputs) for layer in mine]
         # One NaN would stay in the running score for ever; it reaches every gradient it touches.
-        for layer, (weight, grad) in zip(self.layers, measurements, strict=True):
-            extremes = (weight if grad is None else grad).aminmax()  # NaN is both
-            if not all(extreme.isfinite() for extreme in extremes):
+        bad = [
+            int(observed.numel() > 0 and not all(x.isfinite() for x in observed.aminmax()))
+            for observed in (weight if grad is None else grad for weight, grad in measurements)
+        ]
+        for layer, somewhere in zip(mine, self.split.total(bad, mine[0].own.device), strict=True):
+            if somewhere:
                 raise non_finite(layer, self.steps)
-        for layer, (weight, grad) in zip(self.layers, measurements, strict=True):
+        for layer, (weight, grad) in zip(mine, measurements, strict=True):
             fresh = layer.state is None
             if layer.state is None:
                 layer.state = torch.zeros_like(weight, dtype=layer.score_dtype)
@@ -375,30 +531,65 @@ class Pruner:
             )
 
     def _prune(self, target: Target, inputs: Inputs) -> None:
-        self._check_parameters()
+        if self._mask_updates % _CHECK_EVERY:
+            self._expect_parameters()
+        else:
+            self.check()
         choice = choose(self.layers, self.criterion, self.granularity, target, self.scope, inputs)
-        changed = False
-        for layer, units, floor in zip(
-            self.layers, choice.unit_bits, choice.floor_held, strict=True
+        self._expect_same_masks(choice.unit_bits)
+        own = [
+            int(not torch.equal(bits, layer.unit_bits))
+            for layer, bits in zip(self.layers, choice.unit_bits, strict=True)
+        ]
+        changed = self.split.total(own, self.layers[0].own.device)
+        for layer, bits, floor, other in zip(
+            self.layers, choice.unit_bits, choice.floor_held, changed, strict=True
         ):
-            same = torch.equal(units, layer.unit_bits)
-            changed |= not same
-            layer.floor_held = floor or (layer.floor_held and same)
+            layer.floor_held = floor or (layer.floor_held and not other)
             if target.sparsity is not None:
                 layer.target = target.sparsity
-            if target.permanent and not same:
-                layer.set_units(units)
+            if target.permanent and other:
+                layer.take_units(bits)
             elif not target.permanent:
-                mask = layer.expand(ops.unpack_mask(units, layer.grid))
-                ops.mask_([layer.parameter], [ops.pack_mask(mask)])
-        if changed:
+                once = ops.pack_mask(layer.expanded(bits))
+                both = {layer.parameter, layer.trained}
+                ops.mask_([part(t) for t in both], [once] * len(both))
+        self._scored = {}
+        self._mask_updates += 1
+        if any(changed):
+            count(self.layers)
             self._mask_weights()
             self._mask_gradients()
         elif target.sparsity != 0:  # a ramp begins at 0, where there is nothing to do
             self.idle_steps += 1
 
+    def _expect_same_masks(self, unit_bits: Sequence[Tensor]) -> None:
+        """ValueError, on all of them, unless every process that has a copy chose these masks."""
+        if self.split.copies.size == 1:
+            return
+        prints = torch.stack([state.fingerprint(bits) for bits in unit_bits])
+        everyone = torch.stack(self.split.copies.gather(prints))
+        differs = (everyone != everyone[0]).any(0).tolist()
+        if any(differs):
+            ranks = (everyone != everyone[0]).any(1).nonzero().flatten().tolist()
+            raise ValueError(
+                f"expected every process to choose the same masks at step {self.steps}, got others "
+                f"on ranks {ranks} for {self.layers[differs.index(True)].name!r}: their weights or "
+                "gradients differ (a gradient that was not synchronised, or a model of its own: "
+                "process_group=None)"
+            )
+
+    def _masked_tensors(self, layer: Layer) -> Iterator[tuple[str, Tensor]]:
+        """All that is zero where a weight is dead, with the words for it."""
+        yield "the model", layer.parameter
+        if layer.master is not None:
+            yield "its master copy", layer.master
+        for optimizer in self.optimizers:
+            for key, moment in surgery.moments(optimizer, layer.trained):
+                yield f"{key!r} of {type(optimizer).__name__}", moment
+
     @torch.no_grad()
-    def _mask_weights(self) -> None:
+    def _mask_weights(self, layers: Sequence[Layer] | None = None) -> None:
         """Zero the dead in weights and moments.
 
         After every update, not only where an optimizer is known to move a weight whose gradient is
@@ -407,28 +598,26 @@ class Pruner:
         """
         self._mask(
             (tensor, layer)
-            for layer in self.layers
-            for tensor in (layer.parameter, *self._moments(layer))
+            for layer in (self.layers if layers is None else layers)
+            if layer.alive < layer.parameter.numel()
+            for _, tensor in self._masked_tensors(layer)
         )
-
-    def _moments(self, layer: Layer) -> list[Tensor]:
-        if self.optimizer is None:
-            return []
-        return surgery.moments(self.optimizer, layer.parameter)
 
     @torch.no_grad()
     def _mask_gradients(self) -> None:
         self._mask(
-            (layer.parameter.grad, layer)
+            (tensor.grad, layer)
             for layer in self.layers
-            if layer.parameter.grad is not None
+            for tensor in {layer.parameter, layer.trained}
+            if tensor.grad is not None
         )
 
     def _mask(self, pairs: Iterable[tuple[Tensor, Layer]]) -> None:
-        dead = [(t, layer.bits) for t, layer in pairs if layer.alive < t.numel()]
+        dead = [(part(t), layer.bits) for t, layer in pairs if layer.alive < t.numel()]
         ops.mask_([t for t, _ in dead], [bits for _, bits in dead])
 
     def _count_step(self) -> None:
+        self._waiting = set(self._turns.values())
         self.steps += 1
         last = self.schedule.last
         if last is not None and self.steps > last:
@@ -450,53 +639,78 @@ class _GradientMask:
 
     def __call__(self, parameter: Tensor) -> None:
         if parameter.grad is not None and self.layer.alive < parameter.numel():
-            ops.mask_([parameter.grad], [self.layer.bits])
+            self.layer.follow()
+            ops.mask_([part(parameter.grad)], [self.layer.bits])
 
 
-def _expect_keys(what: str, got: object, expected: Iterable[str]) -> None:
-    keys = set(expected)
-    if not isinstance(got, Mapping) or set(got) != keys:
-        found = sorted(map(str, got)) if isinstance(got, Mapping) else repr(got)
-        raise ValueError(f"expected {what} to hold exactly {sorted(keys)}, got {found}")
-
-
-def _check_layer(layer: Layer, saved: Mapping[str, Any]) -> Tensor:
-    """The mask in a layer's saved state; ValueError where the state does not fit the layer."""
-    name = layer.name
-    _expect_keys(f"the state of {name!r}", saved, ("bits", "state", "target", "floor_held"))
-    bits, running, target = saved["bits"], saved["state"], saved["target"]
-    if not isinstance(bits, Tensor):
-        raise ValueError(f"expected the bits of {name!r} to be a Tensor, got {bits!r}")
-    mask = ops.unpack_mask(bits.to(layer.parameter.device), layer.shape)
-    if running is not None and (
-        not isinstance(running, Tensor)
-        or running.shape != layer.shape
-        or running.dtype != layer.score_dtype
+def _optimizers(given: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimizer, ...]:
+    if given is None:
+        return ()
+    optimizers = (given,) if isinstance(given, Optimizer) else given
+    if (
+        not isinstance(optimizers, Sequence)
+        or not optimizers
+        or not all(isinstance(optimizer, Optimizer) for optimizer in optimizers)
     ):
-        got = (running.dtype, tuple(running.shape)) if isinstance(running, Tensor) else running
-        raise ValueError(
-            f"expected a running score of {layer.score_dtype} {tuple(layer.shape)} for {name!r}, "
-            f"got {got}"
+        raise TypeError(
+            "expected optimizer to be a torch.optim.Optimizer, a list of them or None, got "
+            f"{given!r}"
         )
-    if not isinstance(target, float) or not 0 <= target < 1:
-        raise ValueError(f"expected the target of {name!r} to be in [0, 1), got {target!r}")
-    if not isinstance(saved["floor_held"], bool):
-        raise ValueError(
-            f"expected floor_held of {name!r} to be a bool, got {saved['floor_held']!r}"
+    if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
+        raise TypeError(
+            "expected an optimizer that evaluates the gradient once a step, got LBFGS, whose "
+            "curvature history spans every weight: its steps would move the dead ones"
         )
-    return mask
+    return tuple(optimizers)
 
 
-def _is_skipped(optimizer: Optimizer) -> bool:
-    """Whether a fused step under GradScaler, which runs the hooks either way, does nothing."""
-    found_inf = getattr(optimizer, "found_inf", None)
-    return found_inf is not None and bool(found_inf)
+def _copies(
+    model: nn.Module, process_group: dist.ProcessGroup | Literal["auto"] | None
+) -> Ranks | None:
+    """The processes that train copies; None where only the parameters can tell."""
+    if process_group == "auto":
+        found = [w for w in wrappers(model) if isinstance(w, nn.parallel.DistributedDataParallel)]
+        return Ranks(found[0].process_group) if found else None
+    return Ranks(process_group)
+
+
+def _set_masters(layers: Sequence[Layer], masters: Mapping[str, Tensor]) -> None:
+    by_name = {layer.name: layer for layer in layers}
+    for name, master in masters.items():
+        layer = by_name.get(name)
+        if layer is None:
+            raise ValueError(
+                f"expected masters of parameters that are pruned, got one of {name!r}, not in "
+                f"{sorted(by_name)}"
+            )
+        if (
+            not isinstance(master, Tensor)
+            or master.shape != layer.shape
+            or master.device != layer.parameter.device
+            or not master.is_floating_point()
+        ):
+            got = (
+                f"{master.dtype} {tuple(master.shape)} on {master.device}"
+                if isinstance(master, Tensor)
+                else repr(master)
+            )
+            raise ValueError(
+                f"expected the master of {name!r} to be a floating-point tensor of shape "
+                f"{tuple(layer.shape)} on {layer.parameter.device}, got {got}"
+            )
+        layer.master = master
 
 
 def _check_policy(criterion: Criterion, scope: str) -> None:
     if not isinstance(criterion, Criterion):
         raise TypeError(f"expected a criterion such as Taylor(), got {criterion!r}")
     share_out(scope, 0.0, [])
+
+
+def _is_skipped(optimizer: Optimizer) -> bool:
+    """Whether a fused step under GradScaler, which runs the hooks either way, does nothing."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf)
 
 
 @torch.no_grad()
@@ -542,6 +756,7 @@ def prune_(
     )
     choice = choose(layers, criterion, granularity, target, scope, inputs)
     for layer, units in zip(layers, choice.unit_bits, strict=True):
-        layer.set_units(units)
-    ops.mask_([layer.parameter for layer in layers], [layer.bits for layer in layers])
+        layer.take_units(units)
+    count(layers)
+    ops.mask_([layer.own for layer in layers], [layer.bits for layer in layers])
     return {layer.name: layer.mask for layer in layers}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -14,8 +14,9 @@ from secateur.granularity import Granularity
 from secateur.layers import Layer
 from secateur.schedules import Target
 from secateur.scope import share_out
+from secateur.shards import part
 
-__all__ = ["Choice", "Inputs", "choose", "measured", "non_finite", "normalizer"]
+__all__ = ["Choice", "Inputs", "choose", "measured", "non_finite", "normalizer", "unit_scores"]
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,13 @@ class Inputs:
         gradient: the gradient of a layer, unscaled; None where it has none.
         given_state: a score that comes from elsewhere, with the number to divide it by
             (``Criterion.given_state``); None where there is none.
+        scored: scores of units that were taken earlier, by layer name.
     """
 
     step: int
     gradient: Callable[[Layer], Tensor | None]
     given_state: Callable[[Layer], tuple[Tensor, float] | None]
+    scored: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Choice:
     """What a target selects, layer by layer.
 
     Attributes:
-        unit_bits: packed masks of the units that live on.
+        unit_bits: packed masks of the units that live on, of those that lie on this process.
         floor_held: whether a layer would have lost every unit, and so keeps its best one.
     """
 
@@ -48,8 +51,8 @@ class Choice:
 
 
 def measured(criterion: Criterion, layer: Layer, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
-    """The weight and gradient that the criterion's formula works on."""
-    weight, grad = layer.parameter.detach(), None
+    """The weight and gradient that the criterion's formula works on, as far as they lie here."""
+    weight, grad = layer.trained.detach(), None
     if criterion.needs_gradient:
         grad = inputs.gradient(layer)
         if grad is None:
@@ -61,7 +64,7 @@ def measured(criterion: Criterion, layer: Layer, inputs: Inputs) -> tuple[Tensor
         if grad.dtype != weight.dtype:  # unscaled beyond the weight's range
             weight = weight.to(grad.dtype)
     if criterion.formula != "given":
-        return weight, grad
+        return part(weight), None if grad is None else part(grad)
     scores = criterion.measure(weight, grad)
     if not (
         isinstance(scores, Tensor) and scores.shape == weight.shape and scores.is_floating_point()
@@ -71,7 +74,7 @@ def measured(criterion: Criterion, layer: Layer, inputs: Inputs) -> tuple[Tensor
             f"expected {type(criterion).__name__}.measure to return floating-point scores of shape "
             f"{tuple(weight.shape)} for {layer.name!r}, got {got}"
         )
-    return scores.to(layer.score_dtype), None
+    return layer.split.cut(scores, layer.parameter).to(layer.score_dtype), None
 
 
 def normalizer(criterion: Criterion, layer: Layer) -> float:
@@ -79,10 +82,53 @@ def normalizer(criterion: Criterion, layer: Layer) -> float:
     if not criterion.normalized:
         return 1.0
     rows, cols = layer.matrix
-    weight = layer.parameter.detach()
-    sums = ops.score(weight, formula="magnitude", block=(1, cols), reduce="sum")
+    sums = ops.score(layer.own, formula="magnitude", block=(1, cols), reduce="sum")
+    sums = layer.split.shards.join(sums)
     total = ops.score(sums, formula="magnitude", block=(rows, 1), reduce="sum").item()
     return total if total > 0 else 1.0  # an all-zero layer: p = 0 whatever the sum
+
+
+def unit_scores(
+    index: int, layer: Layer, criterion: Criterion, granularity: Granularity, inputs: Inputs
+) -> Tensor:
+    """One score a unit of the ``index``-th layer, of those that lie here: (rows, cols) of units."""
+    return ops.score(
+        **_arguments(index, layer, criterion, inputs),
+        formula=_formula(criterion, layer),
+        block=layer.block,
+        reduce=granularity.reduction,
+    )
+
+
+def _formula(criterion: Criterion, layer: Layer) -> str:
+    """ "given" where the kernel cannot know what it scores."""
+    sharded = layer.split.shards.size > 1
+    return "given" if criterion.formula == "random" and sharded else criterion.formula
+
+
+def _arguments(index: int, layer: Layer, criterion: Criterion, inputs: Inputs) -> dict[str, Any]:
+    """What ``ops.score`` and ``ops.select`` score the ``index``-th layer by."""
+    seed = criterion.seed_of(inputs.step, index)
+    if _formula(criterion, layer) != criterion.formula:
+        # A random score is a function of the index in the whole parameter.
+        whole = layer.own.new_empty(()).expand(layer.shape)
+        scores = ops.score(whole, formula=criterion.formula, seed=seed)
+        return {"weight": layer.split.cut(scores.reshape(layer.shape), layer.parameter)}
+    state, divisor = inputs.given_state(layer) or (layer.state, 1.0)
+    if state is None:
+        weight, grad = measured(criterion, layer, inputs)
+        divisor = normalizer(criterion, layer)
+    else:
+        weight, grad = layer.own, None
+        if state is not layer.state:
+            if state.shape != layer.shape:
+                raise ValueError(
+                    f"expected a given score of shape {tuple(layer.shape)} for {layer.name!r}, "
+                    f"got {tuple(state.shape)}"
+                )
+            state = layer.split.cut(state, layer.parameter)
+            state = state.to(weight.device, layer.score_dtype)
+    return {"weight": weight, "grad": grad, "state": state, "normalizer": divisor, "seed": seed}
 
 
 def non_finite(layer: Layer, step: int) -> ValueError:
@@ -106,38 +152,23 @@ class _Candidates:
         self.layers = layers
         self.step = inputs.step
         self.largest = criterion.keep == "largest"
-        elementwise = all(layer.block == (1, 1) for layer in layers)
-        self.formula = criterion.formula if elementwise else "given"
-        self.arguments: list[dict[str, Any]] = []
-        for index, layer in enumerate(layers):
-            state, divisor = inputs.given_state(layer) or (layer.state, 1.0)
-            if state is None:
-                weight, grad = measured(criterion, layer, inputs)
-                divisor = normalizer(criterion, layer)
-            else:
-                weight, grad = layer.parameter.detach(), None
-                if state.shape != layer.shape:
-                    raise ValueError(
-                        f"expected a given score of shape {tuple(layer.shape)} for "
-                        f"{layer.name!r}, got {tuple(state.shape)}"
-                    )
-                state = state.to(weight.device, layer.score_dtype)
-            arguments: dict[str, Any] = {
-                "weight": weight,
-                "grad": grad,
-                "state": state,
-                "normalizer": divisor,
-                "seed": criterion.seed_of(inputs.step, index),
-            }
-            if not elementwise:  # one score a unit: small enough to be written out
-                scores = ops.score(
-                    **arguments,
-                    formula=criterion.formula,
-                    block=layer.block,
-                    reduce=granularity.reduction,
-                )
-                arguments = {"weight": scores}
-            self.arguments.append(arguments)
+        self.split = layers[0].split
+        self.arguments: list[dict[str, Any]]
+        # Elements are scored while they are compared. Units that were scored earlier, and larger
+        # ones, are small enough to be written out.
+        if not inputs.scored and all(layer.block == (1, 1) for layer in layers):
+            self.formula = _formula(criterion, layers[0])
+            self.arguments = [
+                _arguments(i, layer, criterion, inputs) for i, layer in enumerate(layers)
+            ]
+        else:
+            self.formula = "given"
+            self.arguments = []
+            for i, layer in enumerate(layers):
+                scores = inputs.scored.get(layer.name)
+                if scores is None:
+                    scores = unit_scores(i, layer, criterion, granularity, inputs)
+                self.arguments.append({"weight": scores})
 
     def select(self, members: Sequence[int], **limit: Any) -> list[Tensor]:
         """Packed masks of the units of ``members`` that live on (``ops.select``)."""
@@ -147,7 +178,7 @@ class _Candidates:
             return None if values[0] is None else values
 
         try:
-            return ops.select(
+            return self.split.shards.select(
                 [self.arguments[i]["weight"] for i in members],
                 column("grad"),
                 column("state"),
@@ -160,6 +191,12 @@ class _Candidates:
             )
         except ops.NonFiniteScoreError as error:
             raise non_finite(self.layers[members[error.index]], self.step) from error
+
+    def emptied(self, chosen: Mapping[int, Tensor], members: Sequence[int]) -> list[int]:
+        """Those of ``members`` of which nothing is chosen, on any process."""
+        own = [int(chosen[i].any()) for i in members]
+        totals = self.split.total(own, chosen[members[0]].device)
+        return [i for i, total in zip(members, totals, strict=True) if total == 0]
 
     def keep_best(self, members: Sequence[int], keep: int) -> tuple[dict[int, Tensor], set[int]]:
         """The ``keep`` best units over ``members``, but at least the best one of each.
@@ -174,7 +211,7 @@ class _Candidates:
             # A layer that would lose everything keeps its best unit at the cost of the others.
             room = max(keep - len(floored), 0)
             chosen.update(zip(free, self.select(free, keep=room), strict=True))
-            emptied = [i for i in free if not chosen[i].any()]
+            emptied = self.emptied(chosen, free)
             for i in emptied:
                 (chosen[i],) = self.select([i], keep=1)
             floored.update(emptied)
@@ -204,7 +241,7 @@ def choose(
     if target.threshold is not None:
         for i in bits:
             (bits[i],) = candidates.select([i], threshold=target.threshold)
-            if not bits[i].any():
+            if candidates.emptied(bits, [i]):
                 (bits[i],) = candidates.select([i], keep=1)
                 floored.add(i)
     else:

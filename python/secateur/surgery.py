@@ -22,9 +22,16 @@ def group_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any] | None:
     return None
 
 
-def moments(optimizer: Optimizer, parameter: Tensor) -> list[Tensor]:
-    """The moments of ``parameter``: floating-point state of its shape; empty before a step."""
-    return [t for t in optimizer.state.get(parameter, {}).values() if _is_moment(t, parameter)]
+def moments(optimizer: Optimizer, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The moments of ``parameter`` and the keys they are kept under; none before a step.
+
+    A moment is floating-point state of the parameter's shape, also where an optimizer keeps several
+    of them in a list or a dict.
+    """
+    for key, value in optimizer.state.get(parameter, {}).items():
+        for t in _tensors(value):
+            if _is_moment(t, parameter):
+                yield key, t
 
 
 def check_replaceable(optimizer: Optimizer, parameter: Tensor, name: str, ndim: int) -> None:
