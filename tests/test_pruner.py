@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.ao.pruning
+import torch.nn.utils.prune
 from torch import Tensor, nn
 
 import secateur
@@ -92,7 +95,7 @@ def check_dead_are_zero(pruner: Pruner, optimizer: torch.optim.Optimizer) -> Non
     for layer in pruner.layers:
         dead = ~layer.mask
         assert torch.all(layer.parameter[dead] == 0), layer.name
-        for key, value in optimizer.state[layer.parameter].items():
+        for key, value in optimizer.state.get(layer.trained, {}).items():
             if isinstance(value, Tensor) and value.shape == layer.shape:
                 assert torch.all(value[dead] == 0), (layer.name, key)
 
@@ -1086,3 +1089,389 @@ def test_half_precision_models(dtype: torch.dtype) -> None:
     masks = secateur.prune_(model, secateur.Magnitude(), Element(), sparsity=0.5)
     total = sum(m.numel() for m in masks.values())
     assert sum(int(m.sum()) for m in masks.values()) == total - round(0.5 * total)
+
+
+def test_several_optimizers_take_turns() -> None:
+    """As one optimizer of two groups, when nothing but the masks joins them."""
+
+    def run(several: bool) -> tuple[nn.Module, Pruner]:
+        model = make_model().double()
+        parts = [list(model[:2].parameters()), list(model[2:].parameters())]
+        optimizers = (
+            [torch.optim.SGD(part, lr=1e-2) for part in parts]
+            if several
+            else [torch.optim.SGD([{"params": part} for part in parts], lr=1e-2)]
+        )
+        pruner = Pruner(
+            model,
+            optimizers if several else optimizers[0],
+            criterion=Taylor(ema=0.5),
+            granularity=Block(4),
+            schedule=Cubic(0.6, begin=1, end=9, every=2),
+        )
+        for x, y in batches(12):
+            backward(model, (x.double(), y.double()))
+            for optimizer in optimizers:
+                optimizer.step()
+            model.zero_grad()
+        return model, pruner
+
+    (one, expected), (two, got) = run(False), run(True)
+    assert got.steps == expected.steps == 12
+    assert got.sparsity() == expected.sparsity() > 0.5
+    for name, mask in expected.masks.items():
+        assert torch.equal(got.masks[name], mask)
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_each_optimizer_is_scored_by_its_own_gradients() -> None:
+    """As in a GAN: the gradients of one are gone, or stale, when the other has its turn."""
+    model = make_model()
+    parts = {"first": model[0], "second": model[3]}
+    optimizers = {name: adamw(part) for name, part in parts.items()}
+    pruner = Pruner(
+        model, list(optimizers.values()), **{**GOOD, "schedule": OneShot(0.5, at=1)}, exclude="5"
+    )
+    scores = {}
+    for i, batch in enumerate(batches(6)):
+        backward(model, batch)
+        name = "second" if i in (2, 5) else "first"  # two steps of the first for each of the other
+        optimizer = optimizers[name]
+        weight = parts[name].weight
+        scores[name] = (weight.grad * weight).abs().detach()
+        optimizer.step()
+        model.zero_grad(set_to_none=True)
+        assert pruner.steps == (i + 1) // 3
+        assert (pruner.sparsity() > 0) == (i == 5)
+    pooled = torch.cat([t.flatten() for t in scores.values()]).sort().values
+    worst_alive = pooled[round(0.5 * pooled.numel())]
+    assert torch.equal(pruner.masks["0.weight"], scores["first"] >= worst_alive)
+    assert torch.equal(pruner.masks["3.weight"], scores["second"] >= worst_alive)
+    for optimizer, layer in zip(optimizers.values(), pruner.layers, strict=True):
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert torch.all(optimizer.state[layer.parameter][moment][~layer.mask] == 0)
+
+
+def test_an_optimizer_that_trains_nothing_pruned_does_not_count() -> None:
+    model = make_model()
+    weights = torch.optim.Muon([p for p in model.parameters() if p.ndim == 2], lr=1e-2)
+    rest = torch.optim.AdamW([p for p in model.parameters() if p.ndim < 2])
+    pruner = Pruner(model, [rest, weights], **GOOD)
+    for batch in batches(3):
+        backward(model, batch)
+        weights.step()
+        model.zero_grad()
+    assert pruner.steps == 3
+    check_dead_are_zero(pruner, weights)
+
+
+def test_groups_may_be_added_later() -> None:
+    model = make_model()
+    optimizer = torch.optim.AdamW(model[5].parameters(), lr=1e-2)
+    pruner = Pruner(model, optimizer, **GOOD, include="5")
+    train(model, optimizer, 2)
+    optimizer.add_param_group({"params": model[:5].parameters(), "lr": 1e-3})
+    train(model, optimizer, 2)
+    check_dead_are_zero(pruner, optimizer)
+    pruner.remove()
+    everything = Pruner(model, optimizer, **GOOD)
+    train(model, optimizer, 2)
+    check_dead_are_zero(everything, optimizer)
+    assert pruner.steps == 4
+
+
+def test_state_of_unknown_optimizers_is_masked() -> None:
+    class Nested(torch.optim.Optimizer):
+        """Keeps its moments in a list and a dict; moves every weight whatever its gradient."""
+
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, {})
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            for p in self.param_groups[0]["params"]:
+                state = self.state[p]
+                if not state:
+                    state["moments"] = [torch.ones_like(p), {"second": torch.ones_like(p)}]
+                    state["step"] = torch.zeros(())
+                for t in (p, state["moments"][0], state["moments"][1]["second"]):
+                    t.add_(1)
+
+    model = make_model()
+    optimizer = Nested(model.parameters())
+    pruner = Pruner(model, optimizer, **GOOD)
+    train(model, optimizer, 2)
+    for layer in pruner.layers:
+        first, others = optimizer.state[layer.parameter]["moments"]
+        for t in (layer.parameter, first, others["second"]):
+            assert torch.all(t[~layer.mask] == 0)
+            assert torch.all(t[layer.mask] != 0)
+    optimizer.state[model[3].weight]["moments"][1]["second"].fill_(1)
+    with pytest.raises(ValueError, match=r"'3.weight' to be zero in 'moments' of Nested, got"):
+        pruner.check()
+
+
+def test_masters_of_higher_precision() -> None:
+    """The usual loop: gradients to float32, step, weights back."""
+    model = make_model().bfloat16()
+    masters = {name: nn.Parameter(p.detach().float()) for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(masters.values(), lr=1e-2, weight_decay=0.1)
+    weights = {name: masters[name] for name in ("0.weight", "3.weight", "5.weight")}
+    pruner = Pruner(model, optimizer, **GOOD, masters=weights)
+    for i, (x, y) in enumerate(batches(4)):
+        nn.functional.mse_loss(model(x.bfloat16()), y.bfloat16()).backward()
+        for name, p in model.named_parameters():
+            masters[name].grad, p.grad = p.grad.float(), None
+        if i == 0:
+            scores = {name: (w * w.grad).abs().detach() for name, w in weights.items()}
+        optimizer.step()
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(masters[name])
+    pooled = torch.cat([t.flatten() for t in scores.values()]).sort().values
+    for name, mask in pruner.masks.items():
+        assert torch.equal(mask, scores[name] >= pooled[round(0.5 * pooled.numel())])
+        assert torch.all(model.get_parameter(name)[~mask] == 0)
+        assert torch.all(masters[name][~mask] == 0)
+    check_dead_are_zero(pruner, optimizer)
+    with torch.no_grad():
+        masters["3.weight"].fill_(1)
+    with pytest.raises(ValueError, match=r"'3.weight' to be zero in its master copy"):
+        pruner.check()
+
+
+@pytest.mark.parametrize(
+    ("masters", "match"),
+    [
+        ({"bias": torch.zeros(3)}, r"got one of 'bias', not in \['weight'\]"),
+        ({"weight": torch.zeros(4, 3)}, r"shape \(3, 4\) on cpu, got torch.float32 \(4, 3\)"),
+        ({"weight": torch.zeros(3, 4).int()}, "got torch.int32"),
+        ({"weight": None}, "got None"),
+    ],
+)
+def test_masters_that_do_not_fit_are_refused(masters: dict[str, Any], match: str) -> None:
+    model = nn.Linear(4, 3)
+    with pytest.raises(ValueError, match=match):
+        Pruner(model, torch.optim.SGD(model.parameters()), **GOOD, masters=masters)
+
+
+def test_an_average_of_the_model_is_masked() -> None:
+    model = make_model()
+    optimizer = adamw(model)
+    pruner = Pruner(model, optimizer, **{**GOOD, "schedule": OneShot(0.5, at=1)})
+    average = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+    )
+    for _ in range(3):
+        train(model, optimizer, 1)
+        average.update_parameters(model)
+    mask = pruner.masks["3.weight"]
+    assert torch.any(average.module[3].weight[~mask] != 0)
+    alive = average.module[3].weight[mask].clone()
+    pruner.mask_(average)
+    assert torch.all(average.module[3].weight[~mask] == 0)
+    assert torch.equal(average.module[3].weight[mask], alive)
+    shadow = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    pruner.mask_(shadow)
+    assert torch.equal(shadow["3.weight"], mask.float())
+    assert torch.all(shadow["3.bias"] == 1)
+
+
+def test_another_model_cannot_be_masked() -> None:
+    model = make_model()
+    optimizer = adamw(model)
+    pruner = Pruner(model, optimizer, **GOOD)
+    train(model, optimizer, 1)
+    other = nn.Sequential(nn.Linear(20, 48), nn.ReLU())
+    before = other[0].weight.detach().clone()
+    with pytest.raises(ValueError, match=r"expected '3.weight' of shape \(40, 48\), got None"):
+        pruner.mask_(other)
+    assert torch.equal(other[0].weight, before)
+    with pytest.raises(ValueError, match=r"'0.weight' of shape \(48, 20\), got \(2, 20\)"):
+        pruner.mask_(nn.Sequential(nn.Linear(20, 2)))
+    with pytest.raises(TypeError, match=r"a torch\.nn\.Module or a mapping"):
+        pruner.mask_([model])
+
+
+def revive_moment(model: nn.Module, optimizer: torch.optim.Optimizer, pruner: Pruner) -> None:
+    optimizer.state[model[3].weight]["exp_avg"].fill_(1)
+
+
+def revive_weight(model: nn.Module, optimizer: torch.optim.Optimizer, pruner: Pruner) -> None:
+    model.load_state_dict(make_model().state_dict())
+
+
+def replace_parameter(model: nn.Module, optimizer: torch.optim.Optimizer, pruner: Pruner) -> None:
+    model[3].weight = nn.Parameter(model[3].weight.detach().clone())
+
+
+def lose_parameter(model: nn.Module, optimizer: torch.optim.Optimizer, pruner: Pruner) -> None:
+    group = optimizer.param_groups[0]
+    group["params"] = [p for p in group["params"] if p is not model[3].weight]
+
+
+def clear_hooks(model: nn.Module, optimizer: torch.optim.Optimizer, pruner: Pruner) -> None:
+    model[3].weight._post_accumulate_grad_hooks.clear()
+
+
+@pytest.mark.parametrize(
+    ("harm", "match"),
+    [
+        (revive_moment, r"dead weights of '3.weight' to be zero in 'exp_avg' of AdamW, got \d+ "),
+        (revive_weight, r"dead weights of '0.weight' to be zero in the model, got \d+ that are"),
+        (replace_parameter, r"to hold the parameter '3.weight' .* got another one in its place"),
+        (lose_parameter, r"got one without \['3.weight'\]"),
+        (clear_hooks, r"gradient hook on '3.weight', got none"),
+    ],
+)
+@pytest.mark.parametrize("by_itself", [True, False])
+def test_check_names_the_parameter_and_the_culprit(
+    harm: Callable[..., None], match: str, by_itself: bool
+) -> None:
+    model = make_model()
+    optimizer = adamw(model)
+    pruner = Pruner(
+        model,
+        optimizer,
+        criterion=Taylor(),
+        granularity=Element(),
+        schedule=Cubic(0.9, begin=0, end=100),
+    )
+    train(model, optimizer, 20)
+    pruner.check()
+    harm(model, optimizer, pruner)
+    if not by_itself:
+        with pytest.raises(ValueError, match=match):
+            pruner.check()
+        return
+    backward(model, next(batches(1)))
+    with pytest.raises(ValueError, match=match):
+        optimizer.step()  # the 20th mask update
+
+
+def foreign_prune(model: nn.Module) -> Any:
+    for module in (model[0], model[3], model[5]):
+        nn.utils.prune.l1_unstructured(module, "weight", 0.5)
+    return model
+
+
+def foreign_ao(model: nn.Module) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.ao.pruning is deprecated
+        sparsifier = torch.ao.pruning.WeightNormSparsifier(0.5, sparse_block_shape=(1, 1))
+        names = ("0.weight", "3.weight", "5.weight")
+        sparsifier.prepare(model, [{"tensor_fqn": name} for name in names])
+        sparsifier.step()
+    return model
+
+
+def foreign_zeros(model: nn.Module) -> Any:
+    secateur.prune_(model, secateur.Magnitude(), Element(), sparsity=0.5, scope="layer")
+    return model
+
+
+def foreign_state(model: nn.Module) -> Any:
+    return foreign_prune(model).state_dict()
+
+
+def foreign_masks(model: nn.Module) -> Any:
+    return secateur.prune_(model, secateur.Magnitude(), Element(), sparsity=0.5, scope="layer")
+
+
+@pytest.mark.parametrize(
+    "foreign", [foreign_prune, foreign_ao, foreign_zeros, foreign_state, foreign_masks]
+)
+def test_masks_are_taken_over(foreign: Callable[[nn.Module], Any]) -> None:
+    source = make_model(seed=1)
+    magnitudes = {name: p.detach().abs() for name, p in source.named_parameters() if p.ndim == 2}
+    source = foreign(source)
+    model = make_model()
+    optimizer = adamw(model)
+    pruner = Pruner(model, optimizer, **{**GOOD, "schedule": OneShot(0.5, at=5)})
+    train(model, optimizer, 2)
+    pruner.load_masks_from(source)
+    check_dead_are_zero(pruner, optimizer)
+    for name, weight in magnitudes.items():
+        worst_alive = weight.flatten().sort().values[round(0.5 * weight.numel())]
+        assert torch.equal(pruner.masks[name], weight >= worst_alive), name
+    train(model, optimizer, 2)
+    assert pruner.sparsity() == 0.5
+    check_dead_are_zero(pruner, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("source", "granularity", "error", "match"),
+    [
+        (3, Element(), TypeError, "a torch.nn.Module or a mapping"),
+        ({}, Element(), ValueError, r"one of \['weight_mask', 'weight'\], got \[\]"),
+        ({"weight": torch.ones(2)}, Element(), ValueError, r"shape \(4, 4\), got \(2,\)"),
+        ({"weight": torch.ones(4, 4)}, Element(), ValueError, "only living weights for"),
+        ({"weight": torch.zeros(4, 4)}, Element(), ValueError, "a living weight in every layer"),
+        ({"weight": torch.eye(4)}, Block(2), ValueError, r"whole units of 2 x 2 .* cuts through"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused(
+    source: Any, granularity: secateur.Granularity, error: type[Exception], match: str
+) -> None:
+    model = nn.Linear(4, 4)
+    pruner = Pruner(model, None, **{**GOOD, "granularity": granularity})
+    with pytest.raises(error, match=match):
+        pruner.load_masks_from(source)
+    assert pruner.sparsity() == 0
+
+
+def test_random_state_is_resumed() -> None:
+    model = nn.Sequential(nn.Linear(20, 48), nn.Dropout(0.5), nn.Linear(48, 4))
+    pruner = Pruner(model, None, **GOOD)
+    torch.manual_seed(5)
+    saved = pruner.state_dict()
+    expected = torch.rand(3)
+    torch.rand(100)
+    pruner.load_state_dict(saved)
+    assert torch.equal(torch.rand(3), expected)
+    foreign = {**saved, "rng": {"7": saved["rng"]["0"]}}  # saved by another process
+    pruner.load_state_dict(foreign)
+    other = torch.rand(3)
+    assert not torch.equal(other, expected)
+    pruner.load_state_dict(foreign)
+    assert torch.equal(torch.rand(3), other)
+
+
+@pytest.mark.parametrize("average", [None, 0.5])
+def test_gradients_zeroed_too_early_are_noticed(average: float | None) -> None:
+    """Ties would decide: the first weights of the first layer would go."""
+    model = make_model()
+    optimizer = adamw(model)
+    pruner = Pruner(
+        model,
+        optimizer,
+        criterion=Taylor(ema=average),
+        granularity=Element(),
+        schedule=OneShot(0.5),
+    )
+    backward(model, next(batches(1)))
+    optimizer.zero_grad(set_to_none=False)
+    with pytest.raises(ValueError, match=r"got only zeros: step after backward\(\) and before"):
+        optimizer.step()
+    assert pruner.sparsity() == 0
+
+
+def test_masks_follow_the_model_to_another_device() -> None:
+    model = nn.Linear(4, 4)
+    pruner = Pruner(model, None, **{**GOOD, "criterion": secateur.Magnitude()})
+    with pruner.update():
+        pass
+    (layer,) = pruner.layers
+    layer.state = torch.zeros(4, 4)
+    layer.parameter = nn.Parameter(layer.parameter.to("meta"))  # as .to("cuda") does to its data
+    layer.follow()
+    assert {t.device.type for t in (layer.bits, layer.unit_bits, layer.state)} == {"meta"}
+
+
+def test_a_schedule_that_pruned_nothing_says_so() -> None:
+    model = make_model()
+    optimizer = adamw(model)
+    pruner = Pruner(model, optimizer, **{**GOOD, "granularity": Block(64)})  # one a layer
+    train(model, optimizer, 2)
+    assert "the schedule has ended and nothing is pruned" in repr(pruner)

@@ -411,9 +411,7 @@ class Pruner:
         mine = self._layers_of(optimizer)
         if self._in_update or not mine or _is_skipped(optimizer):
             return None
-        closure: Callable[[], Any] | None = kwargs.get(
-            "closure", args[1] if len(args) > 1 else None
-        )
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._before_update(mine)
             return None
