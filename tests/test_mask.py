@@ -71,4 +71,12 @@ def test_nothing_is_changed_where_one_mask_does_not_fit() -> None:
 
 
 def test_no_tensors_is_no_work() -> None:
-    ops.mask_([], [])
+    assert ops.mask_([], []).tolist() == []
+
+
+def test_what_was_not_zero_is_reported() -> None:
+    clean, dirty = torch.tensor([1.0, 0, 0, 0]), torch.tensor([0.0, 0, 0, 2])
+    assert ops.mask_([clean, dirty], [torch.tensor([1], dtype=torch.uint8)] * 2).tolist() == [
+        False,
+        True,
+    ]

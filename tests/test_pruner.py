@@ -1475,3 +1475,60 @@ def test_a_schedule_that_pruned_nothing_says_so() -> None:
     pruner = Pruner(model, optimizer, **{**GOOD, "granularity": Block(64)})  # one a layer
     train(model, optimizer, 2)
     assert "the schedule has ended and nothing is pruned" in repr(pruner)
+
+
+class Drifting(torch.optim.AdamW):
+    """Moves its moments, but not the weights, where everything is zero."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for state in self.state.values():
+            state["exp_avg"].add_(1)
+        return loss
+
+
+def add_noise(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for p in model.parameters():
+        p.grad.add_(0.1)
+
+
+def assign_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+
+
+def write_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for state in optimizer.state.values():
+        state["exp_avg_sq"].fill_(1)
+
+
+def replace_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    state = copy.deepcopy(optimizer.state_dict())
+    for moments in state["state"].values():
+        moments["exp_avg_sq"].fill_(1)
+    optimizer.load_state_dict(state)
+
+
+def write_weights(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for p in model.parameters():
+        p.data.fill_(1)  # unseen by autograd's version counters
+
+
+@pytest.mark.parametrize(
+    "tamper", [add_noise, assign_gradients, write_moments, replace_moments, write_weights]
+)
+@pytest.mark.parametrize("rate", [1e-2, 0.0])
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, Drifting])
+def test_everything_dead_is_zero_after_a_step_whatever_happened_before(
+    tamper: Callable[..., None], rate: float, kind: type[torch.optim.AdamW]
+) -> None:
+    model = make_model()
+    optimizer = kind(model.parameters(), lr=rate)
+    pruner = Pruner(model, optimizer, **GOOD)
+    for step, batch in enumerate(batches(6)):
+        backward(model, batch)
+        if step == 4:
+            tamper(model, optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+        check_dead_are_zero(pruner, optimizer)

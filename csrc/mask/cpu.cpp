@@ -1,5 +1,6 @@
 // Bit-packed masks. Bound by reading and writing the tensor; the mask adds one bit an element.
-// apply() looks at sixteen elements' bits at once: where all are ones it does not touch the tensor.
+// apply() looks at 64 elements' bits at once: where all are ones it does not touch the tensor, and
+// where the dead are zero already, as after most updates, it reads and does not write.
 // Compiled once per instruction set; no torch header, no static data (see cmake/op.cmake).
 #include <algorithm>
 #include <cstring>
@@ -16,26 +17,50 @@ inline uint8_t gather_bits(uint64_t bools) {
   return static_cast<uint8_t>((bools & 0x0101010101010101u) * 0x0102040810204080u >> 56);
 }
 
-constexpr int kGroup = 16;
+constexpr int kGroup = 64;
+constexpr int kStep = 16;
 
-// Zeroes those of kGroup elements whose bit in `alive` is clear.
+// Ones where the bit in `alive` is set.
 template <typename T>
-inline void apply_group(T* p, uint16_t alive) {
-  using V = Vec<T, kGroup>;
+inline Vec<T, kStep> keep(uint16_t alive) {
+  using V = Vec<T, kStep>;
   constexpr V bit = {1 << 0, 1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
                      1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
-  V v;
-  std::memcpy(&v, p, sizeof(v));
-  v &= reinterpret_cast<V>(((V{} + T{alive}) & bit) == bit);
-  std::memcpy(p, &v, sizeof(v));
+  return reinterpret_cast<V>(((V{} + T{alive}) & bit) == bit);
+}
+
+template <typename V>
+inline bool any(V v) {
+  uint64_t words[sizeof(V) / sizeof(uint64_t)], all = 0;
+  std::memcpy(words, &v, sizeof(v));
+  for (const uint64_t word : words) all |= word;
+  return all != 0;
+}
+
+// Zeroes those of kGroup elements whose bit in `alive` is clear; whether one was not zero.
+template <typename T>
+inline bool apply_group(T* p, uint64_t alive) {
+  using V = Vec<T, kStep>;
+  constexpr int n = kGroup / kStep;
+  V v[n], revived{};
+  for (int i = 0; i < n; ++i) {
+    std::memcpy(&v[i], p + i * kStep, sizeof(V));
+    const V kept = v[i] & keep<T>(static_cast<uint16_t>(alive >> i * kStep));
+    revived |= v[i] ^ kept;
+    v[i] = kept;
+  }
+  if (!any(revived)) return false;
+  std::memcpy(p, v, sizeof(v));
+  return true;
 }
 
 // A group is looked at as a whole where its elements lie side by side and its bits start a byte.
 template <typename T>
-void apply_elements(const View& t, int64_t numel, const uint8_t* bits, int64_t begin, int64_t end) {
+bool apply_elements(const View& t, int64_t numel, const uint8_t* bits, int64_t begin, int64_t end) {
   T* const data = static_cast<T*>(t.data);
   const int64_t stride = t.stride[t.ndim - 1];
   const int64_t stop = std::min(end * 8, numel);
+  bool revived = false;
   for (int64_t index = begin * 8; index < stop;) {
     const Position p = locate(t, index);
     T* const row = data + p.offset;
@@ -43,17 +68,21 @@ void apply_elements(const View& t, int64_t numel, const uint8_t* bits, int64_t b
     for (int64_t i = 0; i < count;) {
       const int64_t at = index + i;
       if (stride == 1 && at % 8 == 0 && count - i >= kGroup) {
-        uint16_t alive;
+        uint64_t alive;
         std::memcpy(&alive, bits + at / 8, sizeof(alive));
-        if (alive != 0xffff) apply_group(row + i, alive);
+        if (alive != ~uint64_t{0}) revived |= apply_group(row + i, alive);
         i += kGroup;
       } else {
-        if (!(bits[at / 8] >> (at % 8) & 1)) row[i * stride] = T{0};
+        if (!(bits[at / 8] >> (at % 8) & 1)) {
+          revived |= row[i * stride] != 0;
+          row[i * stride] = T{0};
+        }
         ++i;
       }
     }
     index += count;
   }
+  return revived;
 }
 
 }  // namespace
@@ -74,7 +103,7 @@ void unpack(const uint8_t* bits, int64_t numel, uint8_t* bools, int64_t begin, i
   }
 }
 
-void apply(const View& tensor, int64_t numel, const uint8_t* bits, int64_t begin, int64_t end) {
+bool apply(const View& tensor, int64_t numel, const uint8_t* bits, int64_t begin, int64_t end) {
   switch (tensor.dtype) {  // zero is all bits clear in every dtype, so the size is enough
     case Dtype::BFloat16:
     case Dtype::Half:
@@ -84,6 +113,7 @@ void apply(const View& tensor, int64_t numel, const uint8_t* bits, int64_t begin
     case Dtype::Double:
       return apply_elements<uint64_t>(tensor, numel, bits, begin, end);
   }
+  return false;
 }
 
 }  // namespace secateur::mask::SECATEUR_ISA

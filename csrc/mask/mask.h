@@ -9,7 +9,8 @@ namespace secateur::mask {
 // bits[i / 8] holds element i at bit i % 8, 1 = alive. Ranges count bytes of the mask.
 using Pack = void(const uint8_t* bools, int64_t numel, uint8_t* bits, int64_t begin, int64_t end);
 using Unpack = void(const uint8_t* bits, int64_t numel, uint8_t* bools, int64_t begin, int64_t end);
-using Apply = void(const View& tensor, int64_t numel, const uint8_t* bits, int64_t begin,
+// Whether something dead was not zero.
+using Apply = bool(const View& tensor, int64_t numel, const uint8_t* bits, int64_t begin,
                    int64_t end);
 
 SECATEUR_PER_ISA(Pack pack; Unpack unpack; Apply apply)

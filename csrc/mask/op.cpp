@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <vector>
 
 #include "common/torch.h"
@@ -49,22 +50,30 @@ Tensor unpack_cpu(const Tensor& bits, std::vector<int64_t> shape) {
   return mask;
 }
 
-void apply_cpu(std::vector<Tensor> tensors, std::vector<Tensor> bits) {
+// For each tensor whether something dead was not zero.
+Tensor apply_cpu(std::vector<Tensor> tensors, std::vector<Tensor> bits) {
+  STD_TORCH_CHECK(!tensors.empty(), "mask_: expected at least one tensor, got none");
   STD_TORCH_CHECK(tensors.size() == bits.size(), "mask_: expected one mask a tensor, got ",
                   tensors.size(), " tensors and ", bits.size(), " masks");
   for (size_t i = 0; i < tensors.size(); ++i) {
     dtype_of(tensors[i], "mask_", "tensors");
     check_bits("mask_", bits[i], tensors[i].numel());
   }
+  Tensor revived =
+      torch::stable::new_empty(bits[0], {static_cast<int64_t>(tensors.size())}, ScalarType::Bool);
+  uint8_t* const flags = mutable_bytes(revived);
+  std::fill_n(flags, tensors.size(), 0);
   Apply* run = SECATEUR_FOR_ISA(apply);
   for (size_t i = 0; i < tensors.size(); ++i) {
     const int64_t numel = tensors[i].numel();
     if (numel == 0) continue;
     const View view = mutable_view_of(tensors[i], "mask_", "tensors");
     torch::stable::parallel_for(0, byte_count(numel), kGrainBytes, [&](int64_t begin, int64_t end) {
-      run(view, numel, bytes(bits[i]), begin, end);
+      if (run(view, numel, bytes(bits[i]), begin, end))
+        __atomic_store_n(flags + i, uint8_t{1}, __ATOMIC_RELAXED);  // threads may do it at once
     });
   }
+  return revived;
 }
 
 }  // namespace
@@ -72,7 +81,7 @@ void apply_cpu(std::vector<Tensor> tensors, std::vector<Tensor> bits) {
 STABLE_TORCH_LIBRARY_FRAGMENT(secateur, m) {
   m.def("pack_mask(Tensor mask) -> Tensor");
   m.def("unpack_mask(Tensor bits, int[] shape) -> Tensor");
-  m.def("mask_(Tensor(a!)[] tensors, Tensor[] bits) -> ()");
+  m.def("mask_(Tensor(a!)[] tensors, Tensor[] bits) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(secateur, CPU, m) {
   m.impl("pack_mask", TORCH_BOX(&pack_cpu));

@@ -126,6 +126,8 @@ class Pruner:
         self._turns: dict[str, int] = {}
         self._waiting: set[int] = set()
         self._scored: dict[str, Tensor] = {}
+        self._moments_left: dict[str, list[tuple[int, int]]] = {}
+        self._moments_touched = True
         self._handles: list[RemovableHandle] = []
         self._assign_turns()
         self._agree()
@@ -141,7 +143,7 @@ class Pruner:
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": bool(self._handles)}
+        return {**self.__dict__, "_handles": bool(self._handles), "_moments_left": {}}
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         """A copy drives the copies of model and optimizer that it was copied with."""
@@ -411,6 +413,8 @@ class Pruner:
         mine = self._layers_of(optimizer)
         if self._in_update or not mine or _is_skipped(optimizer):
             return None
+        left = {layer.name: self._versions(layer) for layer in mine}
+        self._moments_touched = any(self._moments_left.get(name) != left[name] for name in left)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._before_update(mine)
@@ -432,7 +436,7 @@ class Pruner:
         mine = self._layers_of(optimizer)
         if self._in_update or not mine or _is_skipped(optimizer):
             return
-        self._mask_weights(mine)
+        self._mask_updated(optimizer, mine)
         self._waiting -= {self._turns[layer.name] for layer in mine}
         if not self._waiting:
             self._count_step()
@@ -587,19 +591,47 @@ class Pruner:
                 yield f"{key!r} of {type(optimizer).__name__}", moment
 
     @torch.no_grad()
-    def _mask_weights(self, layers: Sequence[Layer] | None = None) -> None:
-        """Zero the dead in weights and moments.
-
-        After every update, not only where an optimizer is known to move a weight whose gradient is
-        zero: it costs a fraction of a percent of a step, and holds for any optimizer, any learning
-        rate, and any state that is loaded into model or optimizer meanwhile.
-        """
+    def _mask_weights(self) -> None:
+        """Zero the dead in weights and moments."""
         self._mask(
             (tensor, layer)
-            for layer in (self.layers if layers is None else layers)
+            for layer in self.layers
             if layer.alive < layer.parameter.numel()
             for _, tensor in self._masked_tensors(layer)
         )
+
+    @torch.no_grad()
+    def _mask_updated(self, optimizer: Optimizer, mine: Sequence[Layer]) -> None:
+        """Zero the dead in what an optimizer has just updated.
+
+        In the weights after every update: that holds for any optimizer, any learning rate, and
+        whatever is loaded into the model meanwhile. Moments are spared, which halves the cost,
+        where the optimizer certainly left them zero: it keeps zeros, nobody else wrote to them, and
+        no weight had moved, as one does whose gradient was tampered with unless the learning rate
+        is 0. A GPU would have to be waited for to know that; there all are masked.
+        """
+        weights = [(t, layer) for layer in mine for t in {layer.parameter, layer.trained}]
+        revived = self._mask(weights)
+        spared = (
+            surgery.keeps_zeros(optimizer)
+            and not self._moments_touched
+            and revived.device.type == "cpu"
+            and not revived.any()
+            and all(group["lr"] != 0 for group in optimizer.param_groups)
+        )
+        if not spared:
+            self._mask(
+                (moment, layer)
+                for layer in mine
+                for _, moment in surgery.moments(optimizer, layer.trained)
+            )
+        self._moments_left.update((layer.name, self._versions(layer)) for layer in mine)
+
+    def _versions(self, layer: Layer) -> list[tuple[int, int]]:
+        """The moments of a layer and how often each was written to."""
+        optimizer = self._optimizer_of(layer)
+        moments = () if optimizer is None else surgery.moments(optimizer, layer.trained)
+        return [(id(t), part(t)._version) for _, t in moments]
 
     @torch.no_grad()
     def _mask_gradients(self) -> None:
@@ -610,9 +642,10 @@ class Pruner:
             if tensor.grad is not None
         )
 
-    def _mask(self, pairs: Iterable[tuple[Tensor, Layer]]) -> None:
+    def _mask(self, pairs: Iterable[tuple[Tensor, Layer]]) -> Tensor:
+        """Zero the dead in each tensor; whether one was not zero, tensor by tensor."""
         dead = [(part(t), layer.bits) for t, layer in pairs if layer.alive < t.numel()]
-        ops.mask_([t for t, _ in dead], [bits for _, bits in dead])
+        return ops.mask_([t for t, _ in dead], [bits for _, bits in dead])
 
     def _count_step(self) -> None:
         self._waiting = set(self._turns.values())

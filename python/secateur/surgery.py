@@ -9,9 +9,26 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
-from torch.optim import LBFGS, Muon, Optimizer
+from torch.optim import (
+    ASGD,
+    LBFGS,
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    AdamW,
+    Muon,
+    NAdam,
+    Optimizer,
+    RAdam,
+    RMSprop,
+)
 
-__all__ = ["check_replaceable", "group_of", "moments", "replace_parameter"]
+__all__ = ["check_replaceable", "group_of", "keeps_zeros", "moments", "replace_parameter"]
+
+# bench/optimizers.py shows what each optimizer does to zeros. Not here: Rprop and Adamax, which
+# move moments, and Muon, which moves weights.
+_KEEPS_ZEROS = frozenset({SGD, Adam, AdamW, NAdam, RAdam, RMSprop, Adagrad, Adadelta, ASGD})
 
 
 def group_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any] | None:
@@ -32,6 +49,14 @@ def moments(optimizer: Optimizer, parameter: Tensor) -> Iterator[tuple[str, Tens
         for t in _tensors(value):
             if _is_moment(t, parameter):
                 yield key, t
+
+
+def keeps_zeros(optimizer: Optimizer) -> bool:
+    """Whether a weight and its moments stay zero, with certainty, where they and its gradient are.
+
+    A subclass, like any optimizer that is not torch's own, may do anything.
+    """
+    return type(optimizer) in _KEEPS_ZEROS
 
 
 def check_replaceable(optimizer: Optimizer, parameter: Tensor, name: str, ndim: int) -> None:

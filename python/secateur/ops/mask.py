@@ -66,12 +66,15 @@ def unpack_mask(bits: Tensor, shape: Sequence[int]) -> Tensor:
     return mask
 
 
-def mask_(tensors: Sequence[Tensor], bits: Sequence[Tensor]) -> None:
+def mask_(tensors: Sequence[Tensor], bits: Sequence[Tensor]) -> Tensor:
     """Set the dead elements of each tensor to +0.0, in place; NaN and infinity included.
 
     Args:
         tensors: floating point, any shape and strides; weights, gradients or optimizer moments.
         bits: for each tensor its mask from :func:`pack_mask`.
+
+    Returns:
+        bool (number of tensors,): whether something dead was other than +0.0 before.
 
     Raises:
         TypeError: a tensor is not floating point, or no tensor. Nothing is changed then.
@@ -98,11 +101,12 @@ def mask_(tensors: Sequence[Tensor], bits: Sequence[Tensor]) -> None:
                 f"{b.device}"
             )
     if not tensors:  # the dispatcher finds a kernel by the tensors it is given
-        return
+        return torch.zeros(0, dtype=torch.bool)
     with torch.no_grad():
-        torch.ops.secateur.mask_(list(tensors), [b.contiguous() for b in bits])
+        revived: Tensor = torch.ops.secateur.mask_(list(tensors), [b.contiguous() for b in bits])
     # Ops of the stable ABI do not do this themselves.
     torch.autograd.graph.increment_version(tensors)
+    return revived
 
 
 @torch.library.register_fake("secateur::pack_mask")
@@ -116,8 +120,8 @@ def _(bits: Tensor, shape: list[int]) -> Tensor:
 
 
 @torch.library.register_fake("secateur::mask_")
-def _(tensors: list[Tensor], bits: list[Tensor]) -> None:
-    return None
+def _(tensors: list[Tensor], bits: list[Tensor]) -> Tensor:
+    return bits[0].new_empty((len(tensors),), dtype=torch.bool)
 
 
 def pack_mask_reference(mask: Tensor) -> Tensor:
@@ -131,9 +135,13 @@ def unpack_mask_reference(bits: Tensor, shape: list[int]) -> Tensor:
     return flat[: torch.Size(shape).numel()].view(shape)
 
 
-def mask_reference_(tensors: list[Tensor], bits: list[Tensor]) -> None:
+def mask_reference_(tensors: list[Tensor], bits: list[Tensor]) -> Tensor:
+    revived = []
     for t, b in zip(tensors, bits, strict=True):
-        t.masked_fill_(~unpack_mask_reference(b, list(t.shape)), 0)
+        dead = ~unpack_mask_reference(b, list(t.shape))
+        revived.append(bool(((t != 0) | t.signbit())[dead].any()))
+        t.masked_fill_(dead, 0)
+    return torch.tensor(revived, device=bits[0].device)
 
 
 _SHAPES = ((), (0,), (1,), (7,), (8,), (5, 13), (64, 48), (3, 0, 4), (17, 3, 5), (70001,))
@@ -173,6 +181,13 @@ def _mask_samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
     conv = conv.to(memory_format=torch.channels_last)
     keep = torch.rand(4, 6, 3, 3, generator=generator, device=device) < 0.3
     yield Sample("channels_last", ([conv], [pack_mask_reference(keep)]))
+    # Most are masked already; one dead element of one of them is not zero.
+    masked = [torch.zeros(300, dtype=dtype, device=device) for _ in range(3)]
+    masked[1][290] = -0.0
+    masked[2][7] = 1
+    some = torch.ones(300, dtype=torch.bool, device=device)
+    some[[7, 100, 290]] = False
+    yield Sample("masked already", (masked, [pack_mask_reference(some)] * 3))
 
 
 SPECS = (
