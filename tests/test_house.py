@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     "_C",
     "ops",
+    "ranks",
     "sparse",
     "surgery",
     "granularity",

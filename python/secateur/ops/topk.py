@@ -184,8 +184,7 @@ def histogram(
     least power that fits; :func:`narrow` looks into one of them.
 
     Args:
-        weights, grads, states, formula, alive, largest, normalizers, seeds: as in :func:`select`;
-            at least one weight.
+        weights, grads, states, formula, alive, largest, normalizers, seeds: as in :func:`select`.
         low, high: ends of the interval, both included; default those of :func:`key_range`.
 
     Returns:
@@ -202,8 +201,9 @@ def histogram(
         ``torch.bincount(key[alive & (low <= key) & (key <= high)] - low >> shift, minlength=2048)``
     """
     arguments = _arguments(weights, grads, states, formula, alive, normalizers, seeds)
-    if not weights:
-        raise ValueError("expected at least one weight, got none")
+    if not weights:  # the dispatcher finds a kernel by the tensors it is given
+        bins = torch.zeros(_BINS, dtype=torch.int64)
+        return bins, bins.new_zeros(0, 2), torch.tensor([-1, 0])
     lowest, highest = key_range(weights[0].dtype)
     low, high = lowest if low is None else low, highest if high is None else high
     if not lowest <= low <= high <= highest:
