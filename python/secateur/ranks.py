@@ -123,9 +123,9 @@ class Ranks:
             TypeError, ValueError, NonFiniteScoreError: on every rank, what
                 :func:`secateur.ops.select` raises for the whole weights.
             ValueError: on every rank: they do not make the same selection; or, over several ranks,
-                formula ``"random"`` without states: its scores depend on the index in the whole
-                weight, so make them with :func:`secateur.ops.score` and select by ``"given"``.
-            RuntimeError: another rank cannot score its rows, for what it says.
+                formula ``"random"`` without states, whose scores depend on the index in the whole
+                weight: pass them as weights of formula ``"given"``.
+            RuntimeError: another rank's arguments do not fit, or it cannot score its rows.
         """
         arguments: dict[str, Any] = {
             "formula": formula,
