@@ -368,3 +368,107 @@ def bad(**change: Any) -> Callable[[], list[Tensor]]:
 def test_bad_select(call: Callable[[], list[Tensor]], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         call()
+
+
+# histogram
+
+
+def key_of(score: float, dtype: torch.dtype) -> int:
+    """By the definition: the bits, those of negative numbers in reverse order."""
+    bits = int(
+        torch.tensor(score + 0.0, dtype=dtype).view(getattr(torch, f"int{dtype.itemsize * 8}"))
+    )
+    return bits if bits >= 0 else bits ^ ops.key_range(dtype)[1]
+
+
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_narrowing_ends_at_the_kth_key(dtype: torch.dtype, largest: bool, isa: str) -> None:
+    scores = [randn(3000, dtype=dtype), (randn(50, 40, seed=1, dtype=dtype) * 2).round()]
+    call: dict[str, Any] = {"formula": "given", "largest": largest}
+    ordered = torch.cat([s.flatten() for s in scores]).sort(descending=largest).values
+    for rank in (1, 2, 777, 2500, 4999, 5000):
+        low, high = ops.key_range(dtype)
+        left, inside, passes = rank, len(ordered), 0
+        while low < high:
+            bins, counts, info = ops.histogram(scores, **call, low=low, high=high)
+            assert bins.sum() == counts[:, 1].sum() == inside
+            assert counts[:, 0].sum() == rank - left
+            assert info.tolist() == [-1, len(ordered)]
+            low, high, left, inside = ops.narrow(bins, low, high, left)
+            passes += 1
+        assert passes == (3 if dtype == torch.float32 else 6)
+        kth = ordered[rank - 1].item()
+        key = key_of(kth, dtype)
+        assert low == (key if largest else ~key)
+        better = sum(int((s > kth if largest else s < kth).sum()) for s in scores)
+        assert (left, inside) == (rank - better, int((ordered == kth).sum()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_narrow_finds_the_keys_that_the_kernel_counted(dtype: torch.dtype, isa: str) -> None:
+    one = key_of(1.0, dtype)
+    eps = torch.finfo(dtype).eps
+    scores = [torch.cat([1 + randn(4000, dtype=dtype) * eps * 2.0**e for e in range(6, 24, 3)])]
+    for width in (2047, 2048, 2049, 4095, 4096, 4097, 999_983, one):
+        low, high = one - width // 3, one - width // 3 + width
+        bins, before, _ = ops.histogram(scores, formula="given", low=low, high=high)
+        total = int(bins.sum())
+        assert total > 0
+        for rank in (1, total // 3 + 1, total):
+            first, last, left, inside = ops.narrow(bins, low, high, rank)
+            assert low <= first <= last <= high
+            _, counts, _ = ops.histogram(scores, formula="given", low=first, high=last)
+            assert (counts - before)[0, 0] == rank - left
+            assert counts[0, 1] == inside
+
+
+def test_histograms_of_parts_add_up(isa: str) -> None:
+    w, g = lists()
+    alive = [ops.pack_mask(randn(*t.shape, seed=5) < 0.5) for t in w]
+    call: dict[str, Any] = {"formula": "taylor", "low": 5, "high": key_of(0.1, torch.float32)}
+    whole = ops.histogram(w, g, **call, alive=alive)
+    parts = [
+        ops.histogram([a], [b], **call, alive=[c]) for a, b, c in zip(w, g, alive, strict=True)
+    ]
+    assert torch.equal(whole[0], sum(p[0] for p in parts))
+    assert torch.equal(whole[1], torch.cat([p[1] for p in parts]))
+    assert whole[2][1] == sum(int(p[2][1]) for p in parts)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_histogram_tells_the_first_weight_that_is_not_finite(
+    dtype: torch.dtype, value: float, isa: str
+) -> None:
+    w, _ = lists(dtype)
+    w[1][30, 7] = value
+    w[2][1, 1, 1, 1] = value
+    _, _, info = ops.histogram(w, formula="given")
+    assert info.tolist() == [1, sum(t.numel() for t in w)]
+    living = [ops.pack_mask(t.isfinite()) for t in w]
+    _, _, info = ops.histogram(w, formula="given", alive=living)
+    assert info.tolist() == [-1, sum(t.numel() for t in w) - 2]
+
+
+def test_histogram_of_nothing() -> None:
+    bins, counts, info = ops.histogram([], formula="given")
+    assert bins.tolist() == [0] * 2048
+    assert counts.shape == (0, 2)
+    assert info.tolist() == [-1, 0]
+
+
+@pytest.mark.parametrize(
+    ("weight", "low", "high"),
+    [(ONE, 6, 5), (ONE, -(2**31) - 1, 0), (ONE, 0, 2**31), (ONE.double(), 0, 2**63)],
+)
+def test_bad_interval(weight: Tensor, low: int, high: int) -> None:
+    with pytest.raises(ValueError, match=f"interval of keys within.*got {low} to {high}"):
+        ops.histogram([weight], formula="given", low=low, high=high)
+
+
+def test_histogram_checks_what_select_checks() -> None:
+    with pytest.raises(ValueError, match="grads for formula 'taylor', got None"):
+        ops.histogram([ONE], formula="taylor")
+    with pytest.raises(TypeError, match=r"all float64 or none.*weights\[1\]"):
+        ops.histogram([ONE, ONE.double()], formula="given")

@@ -316,14 +316,25 @@ void run_histogram(Search& s, int64_t begin, int64_t end) {
   const KeyRule<T> rule(s);
   RunBuffers<T> buffers;
   int64_t histogram[kBins] = {};
-  for_chunks(s, begin, end, [&](const Item& item, int64_t, int64_t, int64_t first, int64_t n) {
+  int64_t bad_item = s.n_items;
+  for_chunks(s, begin, end, [&](const Item& item, int64_t i, int64_t, int64_t first, int64_t n) {
+    int64_t above = 0, inside = 0;
+    bool bad = false;
     for_words<T>(
         s, item, rule, first, n, buffers, [&](const T* scores, const Classes& c, int64_t, int64_t) {
+          bad |= c.bad;
+          above += __builtin_popcountll(c.above);
+          inside += __builtin_popcountll(c.inside);
           for_bits(c.inside,
                    [&](int j) { ++histogram[bin_of(rule.key(scores[j]), s.low, s.shift)]; });
         });
+    if (bad) bad_item = std::min(bad_item, i);
+    if (!item.counts) return;
+    add_atomically(item.counts[0], above);
+    add_atomically(item.counts[1], inside);
   });
   for (int bin = 0; bin < kBins; ++bin) add_atomically(s.histogram[bin], histogram[bin]);
+  lower_atomically(s.bad_item, bad_item);
 }
 
 // Keeps the ties, elements of key low = high, in all the chunks but the last, and there the first
@@ -370,15 +381,19 @@ void go_sweep(Search& s, int64_t low, int64_t high) {
   s.above = s.inside = s.pooled = 0;
 }
 
-// `inside` elements are known to lie in low..high, among them the k-th.
-void look_into(Search& s, int64_t low, int64_t high, int64_t inside) {
-  if (inside <= s.capacity || low == high) return go_sweep(s, low, high);
+void go_histogram(Search& s, int64_t low, int64_t high) {
   s.step = Step::Histogram;
   s.n_tasks = s.n_chunks;
   s.low = low;
   s.high = high;
   s.shift = shift_for(low, high);
   std::fill_n(s.histogram, kBins, 0);
+}
+
+// `inside` elements are known to lie in low..high, among them the k-th.
+void look_into(Search& s, int64_t low, int64_t high, int64_t inside) {
+  if (inside <= s.capacity || low == high) return go_sweep(s, low, high);
+  go_histogram(s, low, high);
 }
 
 template <typename T>
@@ -490,14 +505,15 @@ void advance_typed(Search& s) {
   }
 }
 
-}  // namespace
+template <typename T>
+void start_histogram_typed(Search& s) {
+  using K = Int<T>;
+  const int64_t lowest = kLowest<K>, highest = kHighest<K>;
+  go_histogram(s, std::clamp(s.low, lowest, highest), std::clamp(s.high, lowest, highest));
+}
 
-int64_t capacity(int64_t numel) { return kMinCapacity + numel / kElementsPerCapacity; }
-
-void start(Search& s) {
-  s.step = Step::Done;
+void count_alive(Search& s) {
   s.alive = 0;
-  s.bad_item = s.n_items;
   for (int64_t i = 0; i < s.n_items; ++i) {
     const Item& item = s.items[i];
     if (!item.alive) {
@@ -507,8 +523,24 @@ void start(Search& s) {
     for (int64_t at = 0; at < item.numel; at += 64)
       s.alive += __builtin_popcountll(mask_word(item.alive, at, item.numel - at));
   }
+}
+
+}  // namespace
+
+int64_t capacity(int64_t numel) { return kMinCapacity + numel / kElementsPerCapacity; }
+
+void start(Search& s) {
+  s.step = Step::Done;
+  s.bad_item = s.n_items;
+  count_alive(s);
   if (s.n_chunks == 0 || (!s.by_threshold && s.keep > s.alive)) return;
   s.wide ? start_typed<double>(s) : start_typed<float>(s);
+}
+
+void start_histogram(Search& s) {
+  s.bad_item = s.n_items;
+  count_alive(s);
+  s.wide ? start_histogram_typed<double>(s) : start_histogram_typed<float>(s);
 }
 
 void advance(Search& s) { s.wide ? advance_typed<double>(s) : advance_typed<float>(s); }

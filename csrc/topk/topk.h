@@ -15,6 +15,7 @@ struct Item {
   ScoreInputs inputs;
   const uint8_t* alive;  // bit-packed; null = every element
   uint8_t* mask;         // bit-packed, written
+  int64_t* counts;       // keys above and inside the interval, added to by a histogram; null = no
   int64_t numel;
   int64_t first_element, first_chunk;  // how many the items before it have
 };
@@ -65,11 +66,15 @@ struct Search {
   int64_t histogram[kBins];
 };
 
+// start_histogram() begins a histogram of the keys in low..high, which it clips to the keys there
+// are; the one step that follows leaves it, with bad_item, alive and the items' counts.
+
 // The memory that a selection among `numel` scores wants: entries of `keys` and `offsets`.
 using Capacity = int64_t(int64_t numel);
 using Advance = void(Search& search);
 using Run = void(Search& search, int64_t begin, int64_t end);
 
-SECATEUR_PER_ISA(Capacity capacity; Advance start; Advance advance; Run run)
+SECATEUR_PER_ISA(Capacity capacity; Advance start; Advance start_histogram; Advance advance;
+                 Run run)
 
 }  // namespace secateur::topk

@@ -20,7 +20,14 @@ from secateur.ops.score import (
     score,
     score_update_,
 )
-from secateur.ops.topk import NonFiniteScoreError, select, topk_mask
+from secateur.ops.topk import (
+    NonFiniteScoreError,
+    histogram,
+    key_range,
+    narrow,
+    select,
+    topk_mask,
+)
 
 SPECS: tuple[OpSpec, ...] = (*_mask.SPECS, *_score.SPECS, *_topk.SPECS, *_block_sparse.SPECS)
 
@@ -31,7 +38,10 @@ __all__ = [
     "NonFiniteScoreError",
     "block_sparse_linear",
     "compute_dtype",
+    "histogram",
+    "key_range",
     "mask_",
+    "narrow",
     "observe_",
     "pack_mask",
     "score",

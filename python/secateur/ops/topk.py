@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from secateur.ops.score import (
     compute_dtype,
     elements_reference,
 )
+
+_BINS = 2048  # kBins in csrc/topk/topk.h
 
 
 class NonFiniteScoreError(ValueError):
@@ -136,9 +139,7 @@ def select(
         ``s = (weight * grad).abs()`` and
         ``pack_mask(s >= s[unpack_mask(alive, s.shape)].topk(keep).values.min())``
     """
-    check_list("weights", weights)
-    n = len(weights)
-    check_formula(formula)
+    arguments = _arguments(weights, grads, states, formula, alive, normalizers, seeds)
     if (keep is None) == (threshold is None):
         raise ValueError(f"expected one of keep and threshold, got {keep=} and {threshold=}")
     if threshold is not None:
@@ -146,6 +147,124 @@ def select(
             raise TypeError(f"expected threshold to be a number, got {threshold!r}")
         if math.isnan(threshold):
             raise ValueError(f"expected threshold to be a number, got {threshold}")
+    if keep is not None:
+        _check_keep(keep, sum(w.numel() for w in weights), "elements")
+    if not weights:  # the dispatcher finds a kernel by the tensors it is given
+        return []
+    with torch.no_grad():
+        masks, info = torch.ops.secateur.select(
+            **arguments,
+            keep=keep,
+            threshold=None if threshold is None else float(threshold),
+            largest=largest,
+            finite=True,
+        )
+    bad, n_alive = info.tolist()
+    check_selection(formula, keep, bad, n_alive)
+    return list(masks)
+
+
+def histogram(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor] | None = None,
+    states: Sequence[Tensor] | None = None,
+    *,
+    formula: str,
+    alive: Sequence[Tensor] | None = None,
+    low: int | None = None,
+    high: int | None = None,
+    largest: bool = True,
+    normalizers: Sequence[float] | None = None,
+    seeds: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Score a list of weights and count the scores in 2048 bins of an interval of keys.
+
+    A key is an integer of the score's width that orders the scores as :func:`select` does: larger
+    is better, equal scores have equal keys. A bin holds ``2 ** shift`` neighbouring keys, the
+    least power that fits; :func:`narrow` looks into one of them.
+
+    Args:
+        weights, grads, states, formula, alive, largest, normalizers, seeds: as in :func:`select`.
+        low, high: ends of the interval, both included; default those of :func:`key_range`.
+
+    Returns:
+        ``bins``, int64 (2048,): how many alive elements have their key in each bin; ``counts``,
+        int64 (weights, 2): for each weight, how many have it above ``high`` and how many in the
+        interval; ``info``, int64 (2,): the first weight of which an alive element has a score that
+        is NaN or infinite, or -1, and the number of alive elements.
+
+    Raises:
+        TypeError, ValueError: as :func:`select`; an interval that is empty or outside the range.
+
+    Equivalent to (float32, largest):
+        ``key = scores.view(torch.int32)`` with the lower 31 bits of the negative ones flipped, and
+        ``torch.bincount(key[alive & (low <= key) & (key <= high)] - low >> shift, minlength=2048)``
+    """
+    arguments = _arguments(weights, grads, states, formula, alive, normalizers, seeds)
+    if not weights:  # the dispatcher finds a kernel by the tensors it is given
+        bins = torch.zeros(_BINS, dtype=torch.int64)
+        return bins, bins.new_zeros(0, 2), torch.tensor([-1, 0])
+    lowest, highest = key_range(weights[0].dtype)
+    low, high = lowest if low is None else low, highest if high is None else high
+    if not lowest <= low <= high <= highest:
+        raise ValueError(
+            f"expected an interval of keys within {lowest} to {highest}, got {low} to {high}"
+        )
+    with torch.no_grad():
+        bins, counts, info = torch.ops.secateur.histogram(
+            **arguments, low=low, high=high, largest=largest
+        )
+    return bins, counts, info
+
+
+def key_range(dtype: torch.dtype) -> tuple[int, int]:
+    """The lowest and the highest key that scores of weights of a dtype can have."""
+    keys = torch.iinfo(_key_dtype(dtype))
+    return keys.min, keys.max
+
+
+def narrow(bins: Tensor, low: int, high: int, rank: int) -> tuple[int, int, int, int]:
+    """Look for the ``rank``-th best key, counted from 1, in the bins of :func:`histogram`.
+
+    Args:
+        bins: int64 (2048,), of the interval ``low`` to ``high``; sums of such bins will do.
+        rank: 1 to the number of keys in the bins.
+
+    Returns:
+        The ends of the bin that holds it, its rank in there, and how many keys are in there.
+    """
+    counts = bins.tolist()
+    bin = len(counts) - 1
+    while rank > counts[bin]:
+        rank -= counts[bin]
+        bin -= 1
+    shift = _shift(low, high)
+    first = low + (bin << shift)
+    return first, min(first + (1 << shift) - 1, high), rank, counts[bin]
+
+
+def _shift(low: int, high: int) -> int:
+    """shift_for() in csrc/topk/cpu.cpp."""
+    return max(0, (high - low).bit_length() - 11)
+
+
+def _key_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.int64 if compute_dtype(dtype) == torch.float64 else torch.int32
+
+
+def _arguments(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor] | None,
+    states: Sequence[Tensor] | None,
+    formula: str,
+    alive: Sequence[Tensor] | None,
+    normalizers: Sequence[float] | None,
+    seeds: Sequence[int] | None,
+) -> dict[str, Any]:
+    """What select and histogram are told alike, checked and as the kernels take it."""
+    check_list("weights", weights)
+    n = len(weights)
+    check_formula(formula)
     for i, w in enumerate(weights):
         check_float(f"weights[{i}]", w)
         if compute_dtype(w.dtype) != compute_dtype(weights[0].dtype):
@@ -184,32 +303,25 @@ def select(
             check_normalizer(f"normalizers[{i}]", normalizers[i])
         if seeds is not None:
             check_seed(f"seeds[{i}]", seeds[i])
-    if keep is not None:
-        _check_keep(keep, sum(w.numel() for w in weights), "elements")
-    if not weights:  # the dispatcher finds a kernel by the tensors it is given
-        return []
-    with torch.no_grad():
-        masks, info = torch.ops.secateur.select(
-            [readable(w) for w in weights],
-            [readable(g) for g in grads or ()],
-            [readable(s) for s in states or ()],
-            formula,
-            [a.contiguous() for a in alive or ()],
-            keep,
-            None if threshold is None else float(threshold),
-            largest,
-            True,
-            [1.0] * n if normalizers is None else [float(x) for x in normalizers],
-            list(range(n)) if seeds is None else list(seeds),
-        )
-    bad, n_alive = info.tolist()
+    return {
+        "weights": [readable(w) for w in weights],
+        "grads": [readable(g) for g in grads or ()],
+        "states": [readable(s) for s in states or ()],
+        "formula": formula,
+        "alive": [a.contiguous() for a in alive or ()],
+        "normalizers": [1.0] * n if normalizers is None else [float(x) for x in normalizers],
+        "seeds": list(range(n)) if seeds is None else list(seeds),
+    }
+
+
+def check_selection(formula: str, keep: int | None, bad: int, n_alive: int) -> None:
+    """Raise what a selection raises that found ``n_alive`` elements and the first bad weight."""
     if keep is not None:
         _check_keep(keep, n_alive, "alive elements")
     if bad >= 0:
         raise NonFiniteScoreError(
             f"expected finite {formula} scores, got NaN or infinity in weights[{bad}]", bad
         )
-    return list(masks)
 
 
 def _check_keep(keep: int, n: int, what: str) -> None:
@@ -247,6 +359,36 @@ def _(
     return masks, weights[0].new_empty((2,), dtype=torch.int64)
 
 
+def _scores_reference(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    states: list[Tensor],
+    formula: str,
+    normalizers: list[float],
+    seeds: list[int],
+) -> list[Tensor]:
+    return [
+        elements_reference(
+            w,
+            grads[i] if grads else None,
+            states[i] if states else None,
+            formula,
+            normalizers[i],
+            seeds[i],
+        ).flatten()
+        for i, w in enumerate(weights)
+    ]
+
+
+def _living_reference(weights: list[Tensor], alive: list[Tensor]) -> list[Tensor]:
+    if not alive:
+        return [torch.ones(w.numel(), dtype=torch.bool, device=w.device) for w in weights]
+    return [
+        unpack_mask_reference(a, list(w.shape)).flatten()
+        for a, w in zip(alive, weights, strict=True)
+    ]
+
+
 def select_reference(
     weights: list[Tensor],
     grads: list[Tensor],
@@ -261,25 +403,8 @@ def select_reference(
     seeds: list[int],
 ) -> tuple[list[Tensor], Tensor]:
     """By a stable sort. Defined where no score is an error and enough elements are alive."""
-    scores = torch.cat(
-        [
-            elements_reference(
-                w,
-                grads[i] if grads else None,
-                states[i] if states else None,
-                formula,
-                normalizers[i],
-                seeds[i],
-            ).flatten()
-            for i, w in enumerate(weights)
-        ]
-    )
-    living = torch.ones_like(scores, dtype=torch.bool)
-    if alive:
-        shapes = [list(w.shape) for w in weights]
-        living = torch.cat(
-            [unpack_mask_reference(a, s).flatten() for a, s in zip(alive, shapes, strict=True)]
-        )
+    scores = torch.cat(_scores_reference(weights, grads, states, formula, normalizers, seeds))
+    living = torch.cat(_living_reference(weights, alive))
     if threshold is not None:
         chosen = living & (scores >= threshold if largest else scores <= threshold)
     else:
@@ -289,6 +414,57 @@ def select_reference(
         chosen[index[order[:keep]]] = True
     masks = [pack_mask_reference(m) for m in torch.split(chosen, [w.numel() for w in weights])]
     return masks, torch.tensor([-1, int(living.sum())], device=scores.device)
+
+
+@torch.library.register_fake("secateur::histogram")
+def _(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    states: list[Tensor],
+    formula: str,
+    alive: list[Tensor],
+    low: int | None,
+    high: int | None,
+    largest: bool,
+    normalizers: list[float],
+    seeds: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    bins, counts, info = (
+        weights[0].new_empty(shape, dtype=torch.int64)
+        for shape in ((_BINS,), (len(weights), 2), (2,))
+    )
+    return bins, counts, info
+
+
+def histogram_reference(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    states: list[Tensor],
+    formula: str,
+    alive: list[Tensor],
+    low: int | None,
+    high: int | None,
+    largest: bool,
+    normalizers: list[float],
+    seeds: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """By bincount. Defined where no score is an error."""
+    lowest, highest = key_range(weights[0].dtype)
+    low, high = lowest if low is None else low, highest if high is None else high
+    bins = torch.zeros(_BINS, dtype=torch.int64, device=weights[0].device)
+    counts, n_alive = [], 0
+    scores = _scores_reference(weights, grads, states, formula, normalizers, seeds)
+    for x, living in zip(scores, _living_reference(weights, alive), strict=True):
+        bits = (x + 0.0).view(_key_dtype(x.dtype)).long()
+        keys = torch.where(bits < 0, bits ^ highest, bits)
+        keys = (keys if largest else ~keys)[living]
+        inside = keys[(keys >= low) & (keys <= high)]
+        # The difference may wrap around: its upper bits are wrong, those of the bin are not.
+        bins += torch.bincount((inside - low >> _shift(low, high)) & (_BINS - 1), minlength=_BINS)
+        counts.append([int((keys > high).sum()), inside.numel()])
+        n_alive += keys.numel()
+    info = torch.tensor([-1, n_alive], device=bins.device)
+    return bins, torch.tensor(counts, device=bins.device), info
 
 
 _SHAPES = (
@@ -350,4 +526,26 @@ def _select_samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample
     yield Sample("strided", call([a, b], [], [], "magnitude", keep=100))
 
 
-SPECS = (OpSpec("select", select_reference, _select_samples, exact=True),)
+def _histogram_samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
+    lowest, highest = key_range(dtype)
+    one = int(torch.ones((), dtype=compute_dtype(dtype)).view(_key_dtype(dtype)))
+    width = highest // 1000  # no power of two
+    intervals: list[tuple[int | None, int | None]] = [
+        (None, None),
+        (lowest, 5),
+        (3, highest),
+        (0, 0),
+        (one - width, one + width),
+        (~one - width, ~one),
+    ]
+    for sample in _select_samples(dtype, device):
+        w, g, s, formula, alive, _, _, largest, _, normalizers, seeds = sample.args
+        for low, high in intervals if alive else intervals[:1]:
+            args = w, g, s, formula, alive, low, high, largest, normalizers, seeds
+            yield Sample(f"{sample.name}, keys {low} to {high}", args)
+
+
+SPECS = (
+    OpSpec("select", select_reference, _select_samples, exact=True),
+    OpSpec("histogram", histogram_reference, _histogram_samples, exact=True),
+)
