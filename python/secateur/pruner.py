@@ -473,6 +473,8 @@ class Pruner:
 
     def _gradient(self, layer: Layer) -> Tensor | None:
         grad = layer.trained.grad
+        if grad is None:
+            self._expect_parameters()  # one that was replaced has none: that error tells more
         # A fused optimizer unscales inside its step: here the gradient still carries GradScaler's
         # scale, and half precision may hold neither the scale nor the quotient.
         scale: Tensor | None = getattr(self._optimizer_of(layer), "grad_scale", None)
