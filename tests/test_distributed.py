@@ -351,6 +351,7 @@ def worker(rank: int, size: int, folder: Path, checks: tuple[Any, ...]) -> None:
             text = "".join(traceback.format_exception(error))
             (folder / f"rank{rank}.txt").write_text(f"{check.__name__}\n{text}")
             raise
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -153,24 +153,29 @@ def test_masks_change_without_a_recompilation(granularity: secateur.Granularity)
     expect_exact_zeros(pruner, optimizer)
 
 
+def train_together(wrap: Callable[[nn.Module], nn.Module], rank: int) -> None:
+    model = wrap(make_model().eval())
+    optimizer = make_optimizer(model)
+    pruner = make_pruner(model, optimizer, end=20)
+    train(model, optimizer, 0, 30, seed=rank)
+    expect_exact_zeros(pruner, optimizer)
+    masks = {name: whole(mask) for name, mask in pruner.masks.items()}
+    everyone: list[Any] = [None, None]
+    dist.all_gather_object(everyone, masks)
+    assert all(torch.equal(everyone[0][name], everyone[1][name]) for name in masks)
+    alive = sum(int(mask.sum()) for mask in masks.values())
+    units = sum(layer.units for layer in pruner.layers)
+    assert alive == units - round(0.8 * units)
+    pruner.check()
+
+
 def two_ranks(rank: int, folder: str) -> None:
     """One loop with DistributedDataParallel, one with fully_shard, on other data each."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    for wrap in (nn.parallel.DistributedDataParallel, fully_shard):
-        model = wrap(make_model().eval())
-        optimizer = make_optimizer(model)
-        pruner = make_pruner(model, optimizer, end=20)
-        train(model, optimizer, 0, 30, seed=rank)
-        expect_exact_zeros(pruner, optimizer)
-        masks = {name: whole(mask) for name, mask in pruner.masks.items()}
-        everyone: list[Any] = [None, None]
-        dist.all_gather_object(everyone, masks)
-        assert all(torch.equal(everyone[0][name], everyone[1][name]) for name in masks)
-        alive = sum(int(mask.sum()) for mask in masks.values())
-        units = sum(layer.units for layer in pruner.layers)
-        assert alive == units - round(0.8 * units)
-        pruner.check()
+    train_together(nn.parallel.DistributedDataParallel, rank)
+    train_together(fully_shard, rank)
+    dist.barrier()
     dist.destroy_process_group()
 
 

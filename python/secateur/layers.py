@@ -61,10 +61,13 @@ class Layer:
     target: float = 0.0
     floor_held: bool = False
 
+    numel: int = field(init=False)  # of the parameter: a DTensor takes its time to tell
+
     def __post_init__(self) -> None:
+        self.numel = self.parameter.numel()
         units = torch.ones(self.own_grid, dtype=torch.bool, device=self.own.device)
         self.take_units(ops.pack_mask(units))
-        self.alive, self.alive_units = self.parameter.numel(), self.units
+        self.alive, self.alive_units = self.numel, self.units
 
     @property
     def shape(self) -> torch.Size:
@@ -98,7 +101,7 @@ class Layer:
     @property
     def sparsity(self) -> float:
         """Fraction of its weights that are dead."""
-        return 1 - self.alive / self.parameter.numel()
+        return 1 - self.alive / self.numel
 
     @property
     def score_dtype(self) -> torch.dtype:
@@ -144,13 +147,21 @@ class Layer:
 
 def count(layers: Sequence[Layer]) -> None:
     """Bring the counts of what lives up to date, over all processes."""
-    own: list[int] = []
-    for layer in layers:
-        own.append(int(ops.unpack_mask(layer.bits, layer.own.shape).sum()))
-        own.append(int(ops.unpack_mask(layer.unit_bits, layer.own_grid).sum()))
+    bits = [bits for layer in layers for bits in (layer.bits, layer.unit_bits)]
+    own = torch.stack([_count_bits(b) for b in bits]).tolist()
     totals = layers[0].split.total(own, layers[0].own.device)
     for layer, alive, units in zip(layers, totals[::2], totals[1::2], strict=True):
         layer.alive, layer.alive_units = alive, units
+
+
+def _count_bits(bits: Tensor) -> Tensor:
+    """int64 (): how many bits of the uint8 ``bits`` are set; eight bytes at a time."""
+    words = nn.functional.pad(bits, (0, -bits.numel() % 8)).view(torch.int64)
+    # As in Warren, Hacker's Delight, 5-1. >> keeps the sign of int64: & clears what it brings in.
+    words = words - (words >> 1 & 0x5555555555555555)
+    words = (words & 0x3333333333333333) + (words >> 2 & 0x3333333333333333)
+    words = words + (words >> 4) & 0x0F0F0F0F0F0F0F0F
+    return (words * 0x0101010101010101 >> 56).sum()
 
 
 def wrappers(model: nn.Module) -> Iterator[nn.Module]:

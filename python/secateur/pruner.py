@@ -18,6 +18,7 @@ from secateur.criteria import Criterion
 from secateur.granularity import Granularity
 from secateur.layers import Layer, count, find_layers, named_tensors, wrappers
 from secateur.masks import read_masks
+from secateur.ops.mask import mask_unchecked_
 from secateur.plan import plan
 from secateur.ranks import Ranks
 from secateur.schedules import Schedule, Target
@@ -362,7 +363,7 @@ class Pruner:
         }
 
     def _numel(self) -> int:
-        return sum(layer.parameter.numel() for layer in self.layers)
+        return sum(layer.numel for layer in self.layers)
 
     def _agree(self) -> None:
         """Take over rank 0's seed; ValueError on every process if one was given something else."""
@@ -598,7 +599,7 @@ class Pruner:
         self._mask(
             (tensor, layer)
             for layer in self.layers
-            if layer.alive < layer.parameter.numel()
+            if layer.alive < layer.numel
             for _, tensor in self._masked_tensors(layer)
         )
 
@@ -671,9 +672,18 @@ class _GradientMask:
         return any(isinstance(hook, cls) for hook in hooks.values())
 
     def __call__(self, parameter: Tensor) -> None:
-        if parameter.grad is not None and self.layer.alive < parameter.numel():
-            self.layer.follow()
-            ops.mask_([part(parameter.grad)], [self.layer.bits])
+        grad, layer = parameter.grad, self.layer
+        if grad is None or layer.alive == layer.numel:
+            return
+        if grad.layout != torch.strided:
+            raise ValueError(
+                f"expected a dense gradient of {layer.name!r}, got one of {grad.layout}: exclude "
+                "it, or make it with sparse=False"
+            )
+        if layer.bits.device != grad.device:
+            layer.follow()
+        # autograd has made it: it is dense, and of the dtype and shape of the parameter.
+        mask_unchecked_([part(grad)], [layer.bits])
 
 
 def _optimizers(given: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimizer, ...]:

@@ -100,10 +100,15 @@ def mask_(tensors: Sequence[Tensor], bits: Sequence[Tensor]) -> Tensor:
                 f"a tensor of shape {tuple(t.shape)}, got {b.dtype} of shape {tuple(b.shape)} on "
                 f"{b.device}"
             )
+    return mask_unchecked_(list(tensors), [b.contiguous() for b in bits])
+
+
+def mask_unchecked_(tensors: list[Tensor], bits: list[Tensor]) -> Tensor:
+    """:func:`mask_` of tensors that are known to fit: the checks take as long as a small tensor."""
     if not tensors:  # the dispatcher finds a kernel by the tensors it is given
         return torch.zeros(0, dtype=torch.bool)
     with torch.no_grad():
-        revived: Tensor = torch.ops.secateur.mask_(list(tensors), [b.contiguous() for b in bits])
+        revived: Tensor = torch.ops.secateur.mask_(tensors, bits)
     # Ops of the stable ABI do not do this themselves.
     torch.autograd.graph.increment_version(tensors)
     return revived
