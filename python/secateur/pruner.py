@@ -196,6 +196,19 @@ class Pruner:
             ValueError: the state is of other settings, names or shapes, or is no state. Nothing is
                 changed then.
         """
+        masks = self._check_state(state)
+        for layer, mask in zip(self.layers, masks, strict=True):
+            saved = state["layers"][layer.name]
+            running = saved["state"]
+            layer.set_mask(mask)
+            layer.state = None if running is None else running.to(mask.device, copy=True)
+            layer.target, layer.floor_held = float(saved["target"]), saved["floor_held"]
+        self.steps, self.idle_steps = state["steps"], state["idle_steps"]
+        self._mask_weights()
+        self._mask_gradients()
+
+    def _check_state(self, state: Mapping[str, Any]) -> list[Tensor]:
+        """The masks in a state, layer by layer; ValueError where it does not fit this pruner."""
         _expect_keys("the state of a Pruner", state, self.state_dict())
         if state["version"] != _VERSION:
             raise ValueError(f"expected a state of version {_VERSION}, got {state['version']!r}")
@@ -209,17 +222,7 @@ class Pruner:
             if type(state[key]) is not int or state[key] < 0:
                 raise ValueError(f"expected {key} to be a whole number, got {state[key]!r}")
         _expect_keys("layers", state["layers"], {layer.name for layer in self.layers})
-        masks = [_check_layer(layer, state["layers"][layer.name]) for layer in self.layers]
-
-        for layer, mask in zip(self.layers, masks, strict=True):
-            saved = state["layers"][layer.name]
-            running = saved["state"]
-            layer.set_mask(mask)
-            layer.state = None if running is None else running.to(mask.device, copy=True)
-            layer.target, layer.floor_held = float(saved["target"]), saved["floor_held"]
-        self.steps, self.idle_steps = state["steps"], state["idle_steps"]
-        self._mask_weights()
-        self._mask_gradients()
+        return [_check_layer(layer, state["layers"][layer.name]) for layer in self.layers]
 
     def __repr__(self) -> str:
         """The plan, and how far it has got."""
