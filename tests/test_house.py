@@ -30,6 +30,7 @@ ORDER = [
     "selection",
     "nn",
     "pruner",
+    "checkpoint",
     "report",
 ]
 
