@@ -178,10 +178,11 @@ def load(
         pruner._check_state(pruner_state)
 
     # All is read before anything is changed.
-    model_state = OrderedDict(
-        (key, file.read(saved["model"][clean(key)], value, copy=_is_sharded(value)))
-        for key, value in ours.items()
-    )
+    model_state: OrderedDict[str, Any] = OrderedDict()
+    for key, value in ours.items():
+        # A plain tensor is copied into the model straight from the file.
+        kept = _is_sharded(value) or not isinstance(value, Tensor)
+        model_state[key] = file.read(saved["model"][clean(key)], value, copy=kept)
     versions = {path: saved["modules"].get(_clean_path(clean, path), {}) for path in _modules(ours)}
     model_state._metadata = versions  # type: ignore[attr-defined]  # where torch keeps it
     optimizer_states = [
@@ -585,25 +586,25 @@ class _File:
             like: tensors of its shape are laid out as it is: strided, or sharded if a DTensor.
             copy: whether tensors get memory of their own or stay in that of the file.
         """
-        shared: dict[str, Tensor] = {}
+        return self._fill(value, like, copy, {})
 
-        def fill(value: Any) -> Any:
-            if isinstance(value, _Stored):
-                if value.name not in shared:
-                    shared[value.name] = self._tensor(value, like, copy)
-                return shared[value.name]
-            if isinstance(value, dict):
-                filled = type(value)()
-                for key, item in value.items():
-                    filled[key] = fill(item)
-                return filled
-            return type(value)(map(fill, value)) if isinstance(value, (list, tuple)) else value
-
-        return fill(value)
+    def _fill(self, value: Any, like: object, copy: bool, shared: dict[str, Tensor]) -> Any:
+        if isinstance(value, _Stored):
+            if value.name not in shared:
+                shared[value.name] = self._tensor(value, like, copy)
+            return shared[value.name]
+        if isinstance(value, dict):
+            filled = type(value)()
+            for key, item in value.items():
+                filled[key] = self._fill(item, like, copy, shared)
+            return filled
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._fill(item, like, copy, shared) for item in value)
+        return value
 
     def _tensor(self, stored: _Stored, like: Any, copy: bool) -> Tensor:
         tensor: Tensor = self._tensors.get_tensor(stored.name)
-        alike = like is not None and tuple(like.shape) == stored.shape
+        alike = isinstance(like, Tensor) and tuple(like.shape) == stored.shape
         if alike and _is_sharded(like):
             from torch.distributed.tensor import distribute_tensor  # see _is_sharded
 
