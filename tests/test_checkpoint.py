@@ -18,6 +18,7 @@ import os
 import random
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -381,6 +382,17 @@ def test_every_dtype_as_weight_and_buffer(dtype: torch.dtype, tmp_path: Path) ->
     assert same(everything(fresh), everything(model))
 
 
+def test_every_tensor_is_aligned_for_those_who_map_the_file(tmp_path: Path) -> None:
+    values = [torch.zeros(3, dtype=dtype) for dtype in DTYPES]
+    secateur.save(tmp_path / "x", nn.Linear(3, 3), extra=values)
+    data = (tmp_path / "x").read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    assert size % 8 == 0
+    entries = json.loads(data[8 : 8 + size])
+    for i, value in enumerate(values):
+        assert entries[f"extra[{i}]"]["data_offsets"][0] % value.element_size() == 0
+
+
 def test_places_that_read_alike_are_told_apart() -> None:
     value = {"a.b": torch.tensor(1), "a": {"b": torch.tensor(2)}, 1: torch.tensor(3)}
     value |= {"[1]": torch.tensor(4), "1": torch.tensor(5), "\ud800": torch.tensor(6)}
@@ -554,7 +566,7 @@ def test_a_directory_that_cannot_be_synced_is_no_error(
     code = errno.EINVAL
 
     def fsync_files_only(descriptor: int) -> None:
-        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
             raise OSError(code, "no")
         fsync(descriptor)
 

@@ -180,8 +180,8 @@ def load(
     # All is read before anything is changed.
     model_state: OrderedDict[str, Any] = OrderedDict()
     for key, value in ours.items():
-        # A plain tensor is copied into the model straight from the file.
-        kept = _is_sharded(value) or not isinstance(value, Tensor)
+        # The model copies its tensors from the file's memory, or from shards of it.
+        kept = not isinstance(value, Tensor)
         model_state[key] = file.read(saved["model"][clean(key)], value, copy=kept)
     versions = {path: saved["modules"].get(_clean_path(clean, path), {}) for path in _modules(ours)}
     model_state._metadata = versions  # type: ignore[attr-defined]  # where torch keeps it
@@ -613,7 +613,6 @@ class _File:
         elif alike and copy:
             # Fused optimizers want moments that are strided as the parameter is.
             return torch.empty_like(like, dtype=tensor.dtype, device="cpu").copy_(tensor)
-        # A copy also frees a shard from the whole tensor that it was cut from.
         return tensor.clone() if copy else tensor
 
 
