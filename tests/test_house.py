@@ -35,6 +35,7 @@ ORDER = [
     "state",
     "nn",
     "pruner",
+    "checkpoint",
     "report",
 ]
 

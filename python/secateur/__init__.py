@@ -3,6 +3,7 @@
 from secateur import nn as nn
 from secateur import ops as ops
 from secateur._C import build_info
+from secateur.checkpoint import load, save
 from secateur.criteria import (
     OBD,
     Criterion,
@@ -59,6 +60,8 @@ __all__ = [
     "build_info",
     "densify",
     "hutchinson_diagonal",
+    "load",
     "prune_",
+    "save",
     "sparsify",
 ]

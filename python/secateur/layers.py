@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -16,7 +17,7 @@ from secateur.ops._spec import FLOATS
 from secateur.ranks import Ranks
 from secateur.shards import ALONE, Split, part, split_of
 
-__all__ = ["Layer", "count", "find_layers", "named_tensors", "walk", "wrappers"]
+__all__ = ["Layer", "count", "find_layers", "named_tensors", "refuse_flattened", "walk", "wrappers"]
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -164,6 +165,16 @@ def _count_bits(bits: Tensor) -> Tensor:
     return (words * 0x0101010101010101 >> 56).sum()
 
 
+def refuse_flattened(model: nn.Module) -> None:
+    """TypeError where a module is wrapped in FSDP1."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp and any(isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules()):
+        raise TypeError(
+            "expected a model sharded by torch.distributed.fsdp.fully_shard (FSDP2), got "
+            "FullyShardedDataParallel (FSDP1), which flattens parameters: no weight has rows"
+        )
+
+
 def wrappers(model: nn.Module) -> Iterator[nn.Module]:
     """``model`` and what it wraps, from the outside in; the last is the user's own module."""
     wraps = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
@@ -282,11 +293,7 @@ def find_layers(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
-    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
-        raise TypeError(
-            "expected a model sharded by torch.distributed.fsdp.fully_shard (FSDP2), got "
-            "FullyShardedDataParallel (FSDP1), which flattens parameters: no weight has rows"
-        )
+    refuse_flattened(model)
     if not isinstance(granularity, Granularity):
         raise TypeError(
             f"expected a granularity such as Element() or Block(32), got {granularity!r}"
