@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 
 import secateur
@@ -246,6 +247,11 @@ def misfits_are_refused(rank: int, size: int, folder: Path) -> None:
         "sharded alike or not at all, got 'conv.weight' not sharded and 'hidden.weight' placed as",
         lambda: Pruner(partly, adamw(partly), **good) if (partly := half_sharded()) else None,
     )
+    raises(
+        TypeError,
+        r"fully_shard \(FSDP2\), got FullyShardedDataParallel \(FSDP1\)",
+        lambda: Pruner(flattened, adamw(flattened), **good) if (flattened := fsdp1()) else None,
+    )
     different = {**good, "schedule": OneShot(0.5 if rank else 0.6)}
     raises(
         ValueError,
@@ -267,6 +273,12 @@ def misfits_are_refused(rank: int, size: int, folder: Path) -> None:
         with torch.no_grad():
             model.hidden.weight.to_local().fill_(1)
     raises(ValueError, r"dead weights of 'hidden.weight' to be zero in the model", pruner.check)
+
+
+def fsdp1() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated, and looks for a GPU
+        return FullyShardedDataParallel(make(), device_id=torch.device("cpu"))
 
 
 def half_sharded() -> nn.Module:
