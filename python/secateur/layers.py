@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from secateur import ops
 from secateur.granularity import Granularity
+from secateur.ops._checks import check_writable
 from secateur.ops._spec import FLOATS
 from secateur.ranks import Ranks
 from secateur.shards import ALONE, Split, part, split_of
@@ -65,6 +66,7 @@ class Layer:
     numel: int = field(init=False)  # of the parameter: a DTensor takes its time to tell
 
     def __post_init__(self) -> None:
+        check_writable(repr(self.name), part(self.parameter))
         self.numel = self.parameter.numel()
         units = torch.ones(self.own_grid, dtype=torch.bool, device=self.own.device)
         self.take_units(ops.pack_mask(units))

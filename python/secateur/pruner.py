@@ -111,7 +111,7 @@ class Pruner:
         _set_masters(self.layers, masters or {})
         *_, self.model = wrappers(model)
         for layer in self.layers:
-            if _GradientMask.holds(layer.parameter):
+            if _GradientHook.hangs_on(layer.parameter):
                 raise ValueError(
                     f"expected parameters that no other pruner prunes, got {layer.name!r}: "
                     "remove() the other one first"
@@ -127,7 +127,7 @@ class Pruner:
         self._turns: dict[str, int] = {}
         self._waiting: set[int] = set()
         self._scored: dict[str, Tensor] = {}
-        self._moments_left: dict[str, list[tuple[int, int]]] = {}
+        self._moments_left: dict[str, list[tuple[int, int]]] = {}  # as an update left them
         self._moments_touched = True
         self._handles: list[RemovableHandle] = []
         self._assign_turns()
@@ -135,8 +135,12 @@ class Pruner:
         self._attach()
 
     def _attach(self) -> None:
+        alone = self.split.shards.size == self.split.copies.size == 1
+        self._gradients = _GradientMask(at_once=not alone)
         self._handles = [
-            layer.parameter.register_post_accumulate_grad_hook(_GradientMask(layer))
+            layer.parameter.register_post_accumulate_grad_hook(
+                _GradientHook(self._gradients, layer)
+            )
             for layer in self.layers
         ]
         for optimizer in self.optimizers:
@@ -257,7 +261,7 @@ class Pruner:
         places: list[tuple[Layer, str]] = []
         revived: list[int] = []
         for layer in self.layers:
-            if self._handles and not _GradientMask.holds(layer.parameter):
+            if self._handles and not _GradientHook.hangs_on(layer.parameter):
                 raise ValueError(
                     f"expected the pruner's gradient hook on {layer.name!r}, got none: something "
                     "cleared the hooks of the parameter"
@@ -414,8 +418,10 @@ class Pruner:
         mine = self._layers_of(optimizer)
         if self._in_update or not mine or _is_skipped(optimizer):
             return None
-        left = {layer.name: self._versions(layer) for layer in mine}
-        self._moments_touched = any(self._moments_left.get(name) != left[name] for name in left)
+        self._moments_touched = any(
+            surgery.versions(optimizer, layer.trained) != self._moments_left.get(layer.name)
+            for layer in mine
+        )
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._before_update(mine)
@@ -449,6 +455,7 @@ class Pruner:
     @torch.no_grad()
     def _before_update(self, mine: Sequence[Layer]) -> None:
         """Score the layers that are about to be updated; choose masks if they are the last ones."""
+        self._gradients.apply()  # an optimizer may step while backward is under way
         for layer in self.layers:
             layer.follow()
         inputs = Inputs(self.steps, self._gradient, self._given_state, self._scored)
@@ -613,8 +620,11 @@ class Pruner:
         no weight had moved, as one does whose gradient was tampered with unless the learning rate
         is 0. A GPU would have to be waited for to know that; there all are masked.
         """
-        weights = [(t, layer) for layer in mine for t in {layer.parameter, layer.trained}]
-        revived = self._mask(weights)
+        dead = [layer for layer in mine if layer.alive < layer.numel]
+        weights = [(layer.own, layer.bits) for layer in dead]
+        weights += [(part(x.parameter), x.bits) for x in dead if x.master is not None]
+        # Layer has checked that these can be masked.
+        revived = mask_unchecked_([t for t, _ in weights], [bits for _, bits in weights])
         spared = (
             surgery.keeps_zeros(optimizer)
             and not self._moments_touched
@@ -625,16 +635,11 @@ class Pruner:
         if not spared:
             self._mask(
                 (moment, layer)
-                for layer in mine
+                for layer in dead
                 for _, moment in surgery.moments(optimizer, layer.trained)
             )
-        self._moments_left.update((layer.name, self._versions(layer)) for layer in mine)
-
-    def _versions(self, layer: Layer) -> list[tuple[int, int]]:
-        """The moments of a layer and how often each was written to."""
-        optimizer = self._optimizer_of(layer)
-        moments = () if optimizer is None else surgery.moments(optimizer, layer.trained)
-        return [(id(t), part(t)._version) for _, t in moments]
+        for layer in mine:
+            self._moments_left[layer.name] = surgery.versions(optimizer, layer.trained)
 
     @torch.no_grad()
     def _mask_gradients(self) -> None:
@@ -660,30 +665,68 @@ class Pruner:
 
 
 class _GradientMask:
-    """Zeroes the gradient of dead weights as it arrives; a hook that can be copied and pickled."""
+    """Zeroes the gradient of dead weights once backward has made it.
 
-    def __init__(self, layer: Layer) -> None:
-        self.layer = layer
+    On one process in one call for all of them, at the end of backward: between matrix products,
+    caches are cold, and a call for each takes longer than its work. With others at once, before
+    DistributedDataParallel sends it.
+    """
+
+    def __init__(self, at_once: bool) -> None:
+        self._at_once = at_once
+        self._arrived: list[Layer] = []
+        self._backward = -1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_arrived": [], "_backward": -1}
+
+    def arrive(self, layer: Layer) -> None:
+        """The gradient of ``layer`` is there."""
+        self._arrived.append(layer)
+        backward = torch._C._current_graph_task_id()  # -1: none is under way
+        if self._at_once or backward == -1:
+            self.apply()
+        elif backward != self._backward:
+            self._backward = backward
+            torch.autograd.Variable._execution_engine.queue_callback(self.apply)
+
+    def apply(self) -> None:
+        """Mask what has arrived."""
+        layers = [layer for layer in self._arrived if layer.alive < layer.numel]
+        self._arrived, self._backward = [], -1
+        grads = [(layer, layer.parameter.grad) for layer in layers]
+        masked: list[Tensor] = []
+        bits: list[Tensor] = []
+        for layer, grad in grads:
+            if grad is None:
+                continue
+            if grad.layout != torch.strided:
+                raise ValueError(
+                    f"expected a dense gradient of {layer.name!r}, got one of {grad.layout}: "
+                    "exclude it, or make it with sparse=False"
+                )
+            if layer.bits.device != grad.device:
+                layer.follow()
+            masked.append(part(grad))
+            bits.append(layer.bits)
+        # autograd made them: each is dense, and of the dtype and shape of its parameter.
+        mask_unchecked_(masked, bits)
+
+
+class _GradientHook:
+    """Tells of the gradient of a layer."""
+
+    def __init__(self, mask: _GradientMask, layer: Layer) -> None:
+        self._mask, self._layer = mask, layer
 
     @classmethod
-    def holds(cls, parameter: Tensor) -> bool:
+    def hangs_on(cls, parameter: Tensor) -> bool:
         """Whether a pruner's hook hangs on the parameter."""
         hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
         return any(isinstance(hook, cls) for hook in hooks.values())
 
     def __call__(self, parameter: Tensor) -> None:
-        grad, layer = parameter.grad, self.layer
-        if grad is None or layer.alive == layer.numel:
-            return
-        if grad.layout != torch.strided:
-            raise ValueError(
-                f"expected a dense gradient of {layer.name!r}, got one of {grad.layout}: exclude "
-                "it, or make it with sparse=False"
-            )
-        if layer.bits.device != grad.device:
-            layer.follow()
-        # autograd has made it: it is dense, and of the dtype and shape of the parameter.
-        mask_unchecked_([part(grad)], [layer.bits])
+        self._mask.arrive(self._layer)
 
 
 def _optimizers(given: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimizer, ...]:

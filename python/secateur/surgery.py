@@ -24,7 +24,14 @@ from torch.optim import (
     RMSprop,
 )
 
-__all__ = ["check_replaceable", "group_of", "keeps_zeros", "moments", "replace_parameter"]
+__all__ = [
+    "check_replaceable",
+    "group_of",
+    "keeps_zeros",
+    "moments",
+    "replace_parameter",
+    "versions",
+]
 
 # bench/optimizers.py shows what each optimizer does to zeros. Not here: Rprop and Adamax, which
 # move moments, and Muon, which moves weights.
@@ -46,9 +53,15 @@ def moments(optimizer: Optimizer, parameter: Tensor) -> Iterator[tuple[str, Tens
     of them in a list or a dict.
     """
     for key, value in optimizer.state.get(parameter, {}).items():
-        for t in _tensors(value):
+        for t in (value,) if isinstance(value, Tensor) else _tensors(value):
             if _is_moment(t, parameter):
                 yield key, t
+
+
+def versions(optimizer: Optimizer, parameter: Tensor) -> list[tuple[int, int]]:
+    """Which tensors are kept for ``parameter``, and how often each was written to."""
+    kept = optimizer.state.get(parameter, {}).values()
+    return [(id(t), t._version) for t in kept if isinstance(t, Tensor)]
 
 
 def keeps_zeros(optimizer: Optimizer) -> bool:
