@@ -63,16 +63,24 @@ Tensor apply_cpu(std::vector<Tensor> tensors, std::vector<Tensor> bits) {
       torch::stable::new_empty(bits[0], {static_cast<int64_t>(tensors.size())}, ScalarType::Bool);
   uint8_t* const flags = mutable_bytes(revived);
   std::fill_n(flags, tensors.size(), 0);
-  Apply* run = SECATEUR_FOR_ISA(apply);
+  // One loop over the bytes of all masks: to start the threads takes as long as a small tensor.
+  std::vector<View> views;
+  std::vector<int64_t> first{0};
   for (size_t i = 0; i < tensors.size(); ++i) {
-    const int64_t numel = tensors[i].numel();
-    if (numel == 0) continue;
-    const View view = mutable_view_of(tensors[i], "mask_", "tensors");
-    torch::stable::parallel_for(0, byte_count(numel), kGrainBytes, [&](int64_t begin, int64_t end) {
-      if (run(view, numel, bytes(bits[i]), begin, end))
-        __atomic_store_n(flags + i, uint8_t{1}, __ATOMIC_RELAXED);  // threads may do it at once
-    });
+    views.push_back(mutable_view_of(tensors[i], "mask_", "tensors"));
+    first.push_back(first[i] + byte_count(tensors[i].numel()));
   }
+  if (first.back() == 0) return revived;
+  Apply* run = SECATEUR_FOR_ISA(apply);
+  torch::stable::parallel_for(0, first.back(), kGrainBytes, [&](int64_t begin, int64_t end) {
+    size_t i = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
+    for (; begin < end; begin = first[++i]) {
+      const int64_t stop = std::min(end, first[i + 1]);
+      if (begin < stop &&
+          run(views[i], tensors[i].numel(), bytes(bits[i]), begin - first[i], stop - first[i]))
+        __atomic_store_n(flags + i, uint8_t{1}, __ATOMIC_RELAXED);  // threads may do it at once
+    }
+  });
   return revived;
 }
 

@@ -142,7 +142,7 @@ class Layer:
 
     def follow(self) -> None:
         """Move masks and scores to where the parameter has been moved."""
-        device = self.own.device
+        device = self.parameter.device
         if self.bits.device != device:
             self.bits, self.unit_bits = self.bits.to(device), self.unit_bits.to(device)
             self.state = None if self.state is None else self.state.to(device)

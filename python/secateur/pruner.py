@@ -124,11 +124,8 @@ class Pruner:
         self.idle_steps = 0
         self._mask_updates = 0
         self._in_update = False
-        self._turns: dict[str, int] = {}
-        self._waiting: set[int] = set()
+        self._turns: list[_Turn] = []
         self._scored: dict[str, Tensor] = {}
-        self._moments_left: dict[str, list[tuple[int, int]]] = {}  # as an update left them
-        self._moments_touched = True
         self._handles: list[RemovableHandle] = []
         self._assign_turns()
         self._agree()
@@ -148,7 +145,7 @@ class Pruner:
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": bool(self._handles), "_moments_left": {}}
+        return {**self.__dict__, "_handles": bool(self._handles)}
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         """A copy drives the copies of model and optimizer that it was copied with."""
@@ -174,7 +171,7 @@ class Pruner:
         life is zeroed on exit. A step of the optimizer inside is part of it; an update that raises
         does not count.
         """
-        self._before_update(self.layers)
+        self._before_update()
         self._in_update = True
         try:
             yield
@@ -381,22 +378,29 @@ class Pruner:
 
     def _assign_turns(self) -> None:
         """Find which optimizer trains each layer; ValueError where none does."""
-        turns: dict[str, int] = {}
+        if not self.optimizers:
+            self._turns = self._turns or [_Turn(None, self.layers)]
+            return
+        found: dict[int, list[Layer]] = {}
+        lost: list[str] = []
         for layer in self.layers:
-            for i, optimizer in enumerate(self.optimizers):
-                if surgery.group_of(optimizer, layer.trained) is not None:
-                    turns.setdefault(layer.name, i)
-            if not self.optimizers:
-                turns[layer.name] = 0
-        lost = [layer.name for layer in self.layers if layer.name not in turns]
+            holders = [
+                i
+                for i, optimizer in enumerate(self.optimizers)
+                if surgery.group_of(optimizer, layer.trained) is not None
+            ]
+            if holders:
+                found.setdefault(holders[0], []).append(layer)
+            else:
+                lost.append(layer.name)
         if lost:
             raise ValueError(
                 "expected the optimizer to hold every parameter that is pruned, got one without "
                 f"{lost}: it was given other parameters, or they were replaced (sparsify); make "
                 "the pruner after that, or remove() it before"
             )
-        if turns != self._turns:
-            self._turns, self._waiting = turns, set(turns.values())
+        if list(found.values()) != [turn.layers for turn in self._turns]:
+            self._turns = [_Turn(self.optimizers[i], layers) for i, layers in found.items()]
 
     def _expect_parameters(self) -> None:
         """ValueError unless the model and the optimizers still hold what is pruned."""
@@ -415,22 +419,19 @@ class Pruner:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        mine = self._layers_of(optimizer)
-        if self._in_update or not mine or _is_skipped(optimizer):
+        turn = self._turn_of(optimizer)
+        if turn is None or self._in_update or _is_skipped(optimizer):
             return None
-        self._moments_touched = any(
-            surgery.versions(optimizer, layer.trained) != self._moments_left.get(layer.name)
-            for layer in mine
-        )
+        turn.moments_untouched = turn.moments_left == turn.moment_versions()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            self._before_update(mine)
+            self._before_update(turn)
             return None
 
         # The closure makes the gradients, so the masks are chosen right after it has run.
         def scored_closure() -> Any:
             loss = closure()
-            self._before_update(mine)
+            self._before_update(turn)
             return loss
 
         if "closure" in kwargs:
@@ -440,24 +441,29 @@ class Pruner:
     def _after_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        mine = self._layers_of(optimizer)
-        if self._in_update or not mine or _is_skipped(optimizer):
+        turn = self._turn_of(optimizer)
+        if turn is None or self._in_update or _is_skipped(optimizer):
             return
-        self._mask_updated(optimizer, mine)
-        self._waiting -= {self._turns[layer.name] for layer in mine}
-        if not self._waiting:
+        self._mask_updated(turn)
+        turn.over = True
+        if all(turn.over for turn in self._turns):
             self._count_step()
 
-    def _layers_of(self, optimizer: Optimizer) -> list[Layer]:
-        turn = next(i for i, ours in enumerate(self.optimizers) if ours is optimizer)
-        return [layer for layer in self.layers if self._turns[layer.name] == turn]
+    def _turn_of(self, optimizer: Optimizer) -> _Turn | None:
+        """Its turn; None where it trains nothing that is pruned."""
+        return next((turn for turn in self._turns if turn.optimizer is optimizer), None)
 
     @torch.no_grad()
-    def _before_update(self, mine: Sequence[Layer]) -> None:
-        """Score the layers that are about to be updated; choose masks if they are the last ones."""
+    def _before_update(self, turn: _Turn | None = None) -> None:
+        """Score what is about to be updated; choose masks where that is the last of it.
+
+        Args:
+            turn: whose; None: everything is updated at once.
+        """
         self._gradients.apply()  # an optimizer may step while backward is under way
         for layer in self.layers:
             layer.follow()
+        mine = self.layers if turn is None else turn.layers
         inputs = Inputs(self.steps, self._gradient, self._given_state, self._scored)
         last = self.schedule.last
         if self.criterion.accumulation and (last is None or self.steps <= last):
@@ -470,7 +476,7 @@ class Pruner:
                 f"expected {self.schedule!r} to ask for a Target or None, got {target!r}"
             )
         self._expect_signal(mine)
-        if self._waiting - {self._turns[layer.name] for layer in mine}:
+        if turn is not None and not all(t.over for t in self._turns if t is not turn):
             for i, layer in enumerate(self.layers):
                 if layer in mine:
                     self._scored[layer.name] = unit_scores(
@@ -499,7 +505,7 @@ class Pruner:
         return self.criterion.given_state(layer.name, moments, group or {})
 
     def _optimizer_of(self, layer: Layer) -> Optimizer | None:
-        return self.optimizers[self._turns[layer.name]] if self.optimizers else None
+        return next(turn.optimizer for turn in self._turns if layer in turn.layers)
 
     def _expect_signal(self, mine: Sequence[Layer]) -> None:
         """ValueError where gradients decide and every one of them is zero: ties decided then."""
@@ -611,7 +617,7 @@ class Pruner:
         )
 
     @torch.no_grad()
-    def _mask_updated(self, optimizer: Optimizer, mine: Sequence[Layer]) -> None:
+    def _mask_updated(self, turn: _Turn) -> None:
         """Zero the dead in what an optimizer has just updated.
 
         In the weights after every update: that holds for any optimizer, any learning rate, and
@@ -620,14 +626,19 @@ class Pruner:
         no weight had moved, as one does whose gradient was tampered with unless the learning rate
         is 0. A GPU would have to be waited for to know that; there all are masked.
         """
-        dead = [layer for layer in mine if layer.alive < layer.numel]
-        weights = [(layer.own, layer.bits) for layer in dead]
-        weights += [(part(x.parameter), x.bits) for x in dead if x.master is not None]
+        dead = [layer for layer in turn.layers if layer.alive < layer.numel]
+        copied = [layer for layer in dead if layer.master is not None]
         # Layer has checked that these can be masked.
-        revived = mask_unchecked_([t for t, _ in weights], [bits for _, bits in weights])
+        revived = mask_unchecked_(
+            [layer.own for layer in dead] + [part(layer.parameter) for layer in copied],
+            [layer.bits for layer in dead + copied],
+        )
+        optimizer = turn.optimizer
+        if optimizer is None:
+            return
         spared = (
             surgery.keeps_zeros(optimizer)
-            and not self._moments_touched
+            and turn.moments_untouched
             and revived.device.type == "cpu"
             and not revived.any()
             and all(group["lr"] != 0 for group in optimizer.param_groups)
@@ -638,8 +649,7 @@ class Pruner:
                 for layer in dead
                 for _, moment in surgery.moments(optimizer, layer.trained)
             )
-        for layer in mine:
-            self._moments_left[layer.name] = surgery.versions(optimizer, layer.trained)
+        turn.moments_left = turn.moment_versions()
 
     @torch.no_grad()
     def _mask_gradients(self) -> None:
@@ -656,12 +666,37 @@ class Pruner:
         return ops.mask_([t for t, _ in dead], [bits for _, bits in dead])
 
     def _count_step(self) -> None:
-        self._waiting = set(self._turns.values())
         self.steps += 1
+        for turn in self._turns:
+            turn.over = False
         last = self.schedule.last
         if last is not None and self.steps > last:
             for layer in self.layers:
                 layer.state = None  # nothing will ask for it again
+
+
+@dataclasses.dataclass(eq=False)
+class _Turn:
+    """An optimizer and the layers that it trains.
+
+    Attributes:
+        over: whether it has stepped since all of them had.
+        moments_left: as its last step left them.
+        moments_untouched: whether nobody else had written to them when its step began.
+    """
+
+    optimizer: Optimizer | None
+    layers: list[Layer]
+    over: bool = False
+    moments_left: list[tuple[int, int]] | None = None
+    moments_untouched: bool = False
+
+    def moment_versions(self) -> list[tuple[int, int]]:
+        """Which tensors the optimizer keeps, and how often each was written to."""
+        optimizer = self.optimizer
+        if optimizer is None or not surgery.keeps_zeros(optimizer):
+            return []  # its moments are masked in any case
+        return surgery.versions(optimizer, [layer.trained for layer in self.layers])
 
 
 class _GradientMask:

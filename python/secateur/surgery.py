@@ -5,7 +5,7 @@ A moment is any tensor that the optimizer keeps for a parameter in the parameter
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -58,10 +58,16 @@ def moments(optimizer: Optimizer, parameter: Tensor) -> Iterator[tuple[str, Tens
                 yield key, t
 
 
-def versions(optimizer: Optimizer, parameter: Tensor) -> list[tuple[int, int]]:
-    """Which tensors are kept for ``parameter``, and how often each was written to."""
-    kept = optimizer.state.get(parameter, {}).values()
-    return [(id(t), t._version) for t in kept if isinstance(t, Tensor)]
+def versions(optimizer: Optimizer, parameters: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """Which tensors are kept for ``parameters``, and how often each was written to."""
+    state = optimizer.state
+    return [
+        (id(t), t._version)
+        for parameter in parameters
+        if parameter in state
+        for t in state[parameter].values()
+        if isinstance(t, Tensor)
+    ]
 
 
 def keeps_zeros(optimizer: Optimizer) -> bool:
