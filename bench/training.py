@@ -4,12 +4,13 @@ The target: at most 1 % of a dense step with one mask update every 100 steps, at
 every 10. Weights stay dense in execution: this is the price while masks change, not the gain after.
 
 One per cent of a step drowns in the noise of two whole steps, so the Pruner's time is taken where
-it is spent: marks are hung before and after its hooks, on every parameter and on the optimizer, in
-real steps. Work that hides from the marks (caches, other hooks) shows in the second measurement:
-twins, one without a pruner, step by turns in ABBA order on the same batches, and whole steps are
-subtracted. That interval is too wide to prove 1 %, but it may overrule: "met" needs the whole
-interval of the marks below the limit, and that of the differences not wholly above it. Peers have
-no such hooks: theirs is the difference. The row of nothing shows what either can resolve.
+it is spent: marks are hung before and after its hooks, on every parameter and on the optimizer, and
+around what hooks queue for the end of backward, in real steps. Work that hides from the marks
+(caches, other hooks) shows in the second measurement: twins, one without a pruner, step by turns in
+ABBA order on the same batches, and whole steps are subtracted. That interval is too wide to prove
+1 %, but it may overrule: "met" needs the whole interval of the marks below the limit, and that of
+the differences not wholly above it. Peers have no such hooks: theirs is the difference. The row of
+nothing shows what either can resolve.
 
 Ordinary and due steps are kept apart (every 3rd is due, masks grow from 50 to 80 %) and composed to
 (99 ordinary + 1 due) / 100. Values are medians, intervals 95 % by bootstrap. The clock is CPU time
@@ -94,6 +95,7 @@ class Marked(Dense):
         super().__init__()
         self._clock = clock
         self._since = self._spent = 0.0
+        self._queued = False
         self._mark(self._enter)
         self._attach()
         self._mark(self._leave)
@@ -108,13 +110,17 @@ class Marked(Dense):
         self.optimizer.register_step_post_hook(hook)
 
     def _enter(self, *_: object) -> None:
+        if not self._queued:  # the first gradient: what is queued later is called later
+            self._queued = True
+            at_the_end(self._enter)
+            at_the_end(lambda: at_the_end(self._leave))  # after all that hooks queue
         self._since = self._clock()
 
     def _leave(self, *_: object) -> None:
         self._spent += self._clock() - self._since
 
     def marked(self) -> float:
-        spent, self._spent = self._spent, 0.0
+        spent, self._spent, self._queued = self._spent, 0.0, False
         return spent
 
 
@@ -195,6 +201,11 @@ class Peer(Dense):
 
 
 Make = Callable[[secateur.Schedule], Dense]
+
+
+def at_the_end(callback: Callable[[], None]) -> None:
+    """Call it when the backward that is under way has made all gradients."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
 def expect_dead(got: int, expected: int) -> None:
