@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
-import datetime
 import decimal
 import enum
 import errno
@@ -31,6 +30,7 @@ from types import FrameType
 from typing import Any
 
 import numpy as np
+import processes
 import pytest
 import safetensors.torch
 import torch
@@ -691,7 +691,7 @@ def save_for_ever(path: str, started: Connection) -> None:
 
 
 @pytest.fixture(scope="module")
-def processes() -> Any:
+def forks() -> Any:
     """Starts a process in milliseconds: it is forked from one that has imported torch."""
     context = multiprocessing.get_context("forkserver")
     imports = ("hypothesis.strategies", "numpy", "pytest", "safetensors.torch", "secateur")
@@ -699,7 +699,7 @@ def processes() -> Any:
     return context
 
 
-def test_a_process_killed_at_any_line_leaves_a_whole_file(processes: Any, tmp_path: Path) -> None:
+def test_a_process_killed_at_any_line_leaves_a_whole_file(forks: Any, tmp_path: Path) -> None:
     path = tmp_path / "x"
     count = 0
 
@@ -717,7 +717,7 @@ def test_a_process_killed_at_any_line_leaves_a_whole_file(processes: Any, tmp_pa
     found, stale = [], 0
     for fatal in range(count):
         secateur.save(path, model, extra=0)
-        child = processes.Process(target=save_until_line, args=(str(path), fatal))
+        child = forks.Process(target=save_until_line, args=(str(path), fatal))
         child.start()
         child.join()
         assert child.exitcode == -signal.SIGKILL
@@ -733,14 +733,14 @@ def test_a_process_killed_at_any_line_leaves_a_whole_file(processes: Any, tmp_pa
     assert set(found) == {0, 1}
 
 
-def test_a_process_killed_at_any_time_leaves_a_whole_file(processes: Any, tmp_path: Path) -> None:
+def test_a_process_killed_at_any_time_leaves_a_whole_file(forks: Any, tmp_path: Path) -> None:
     path = tmp_path / "x"
     begin = time.perf_counter()
     secateur.save(path, filled(0), extra=0)
     duration = time.perf_counter() - begin
     for i in range(20):
-        started, send = processes.Pipe(duplex=False)
-        child = processes.Process(target=save_for_ever, args=(str(path), send))
+        started, send = forks.Pipe(duplex=False)
+        child = forks.Process(target=save_for_ever, args=(str(path), send))
         child.start()
         assert started.poll(60)
         time.sleep(random.Random(i).random() * 3 * duration)
@@ -1088,18 +1088,10 @@ def whole(value: Any) -> Any:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
-def start(rank: int, world: int, directory: str) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{directory}/store{world}"
-    limit = datetime.timedelta(seconds=60)  # a rank that waits in vain fails
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=limit)
-
-
-def two_ranks(rank: int, directory: str) -> None:
+def two_ranks(rank: int, size: int, directory: str) -> None:
     """Load what one process saved; save; every failure of a save; DistributedDataParallel."""
     from torch.distributed.tensor import DTensor
 
-    start(rank, 2, directory)
     model, optimizer = sharded(1, 2)
     assert secateur.load(f"{directory}/one", model, optimizer) == "one"
     bare = deep(2)
@@ -1180,16 +1172,13 @@ def two_ranks(rank: int, directory: str) -> None:
         flat = FullyShardedDataParallel(make_model(), device_id=torch.device("cpu"))
     with pytest.raises(TypeError, match=r"fully_shard .* got FullyShardedDataParallel"):
         secateur.save(f"{directory}/flat", flat)
-    dist.destroy_process_group()
 
 
-def three_ranks(rank: int, directory: str) -> None:
+def three_ranks(rank: int, size: int, directory: str) -> None:
     """Load what two ranks saved, and save it again."""
-    start(rank, 3, directory)
     model, optimizer = sharded(4, 3)
     extra = secateur.load(f"{directory}/two", model, optimizer)
     secateur.save(f"{directory}/three", model, optimizer, extra=extra)
-    dist.destroy_process_group()
 
 
 def test_any_number_of_processes_loads_what_any_number_saved(tmp_path: Path) -> None:
@@ -1197,9 +1186,8 @@ def test_any_number_of_processes_loads_what_any_number_saved(tmp_path: Path) -> 
     optimizer = adamw(model)
     steps(model, optimizer, 3)
     secateur.save(tmp_path / "one", model, optimizer, extra="one")
-    spawn = torch.multiprocessing.spawn
-    spawn(two_ranks, (str(tmp_path),), nprocs=2)
-    spawn(three_ranks, (str(tmp_path),), nprocs=3)
+    processes.run(2, tmp_path / "2", two_ranks, str(tmp_path))
+    processes.run(3, tmp_path / "3", three_ranks, str(tmp_path))
     two = (tmp_path / "two").read_bytes()
     assert (tmp_path / "three").read_bytes() == two
     assert secateur.load(tmp_path / "two", model, optimizer) == "rank 0"

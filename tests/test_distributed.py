@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import copy
 import pickle
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -105,7 +104,7 @@ def check_dead_are_zero(pruner: Pruner, optimizer: torch.optim.Optimizer) -> Non
                 assert torch.all(whole(t.detach())[dead] == 0), layer.name
 
 
-def shards_choose_as_the_whole(rank: int, size: int, folder: Path) -> None:
+def shards_choose_as_the_whole(rank: int, size: int) -> None:
     """Bit for bit what is chosen on the gathered weights and gradients, step after step."""
     for criterion, granularity, scope in CHOICES:
         case = f"{criterion}, {granularity}, {scope}"
@@ -141,7 +140,7 @@ def shards_choose_as_the_whole(rank: int, size: int, folder: Path) -> None:
         pruner.check()
 
 
-def thresholds_are_shared(rank: int, size: int, folder: Path) -> None:
+def thresholds_are_shared(rank: int, size: int) -> None:
     model = sharded(make())
     optimizer = adamw(model)
     schedule = Threshold(1e-3, begin=0, end=5)
@@ -152,7 +151,7 @@ def thresholds_are_shared(rank: int, size: int, folder: Path) -> None:
     check_dead_are_zero(pruner, optimizer)
 
 
-def state_is_of_the_whole(rank: int, size: int, folder: Path) -> None:
+def state_is_of_the_whole(rank: int, size: int) -> None:
     policy = {
         "criterion": Taylor(ema=0.8),
         "granularity": Element(),
@@ -200,7 +199,7 @@ def state_is_of_the_whole(rank: int, size: int, folder: Path) -> None:
         assert torch.equal(whole(a.detach()), whole(b.detach()))
 
 
-def masks_go_in_and_out(rank: int, size: int, folder: Path) -> None:
+def masks_go_in_and_out(rank: int, size: int) -> None:
     source = make(seed=3)
     masks = secateur.prune_(source, secateur.Magnitude(), Element(), sparsity=0.5)
     shards = sharded(make(seed=3))
@@ -230,7 +229,7 @@ def raises(error: type[Exception], match: str, call: Callable[[], Any]) -> None:
     dist.barrier()  # a rank that had not raised would not get here
 
 
-def misfits_are_refused(rank: int, size: int, folder: Path) -> None:
+def misfits_are_refused(rank: int, size: int) -> None:
     good = {"criterion": Taylor(), "granularity": Element(), "schedule": OneShot(0.5)}
     each = -(-26 // size)
     model = sharded(make())
@@ -287,7 +286,7 @@ def half_sharded() -> nn.Module:
     return model
 
 
-def hybrid_shards(rank: int, size: int, folder: Path) -> None:
+def hybrid_shards(rank: int, size: int) -> None:
     """Two copies of two shards each."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     model = fully_shard(make(), mesh=mesh)
@@ -310,7 +309,7 @@ def hybrid_shards(rank: int, size: int, folder: Path) -> None:
         assert all(torch.equal(masks[name], everyone[0][name]) for name in masks)
 
 
-def data_parallel_ranks_agree(rank: int, size: int, folder: Path) -> None:
+def data_parallel_ranks_agree(rank: int, size: int) -> None:
     """Other data, other seeds; the pruner made before or after the model is wrapped."""
     for criterion in (Taylor(ema=0.9), secateur.Random(seed=rank), secateur.Magnitude()):
         for before in (True, False):
@@ -335,7 +334,7 @@ def data_parallel_ranks_agree(rank: int, size: int, folder: Path) -> None:
                 assert all(torch.equal(weights[k], v) for k, v in model.state_dict().items())
 
 
-def ranks_that_differ_are_refused(rank: int, size: int, folder: Path) -> None:
+def ranks_that_differ_are_refused(rank: int, size: int) -> None:
     model = make()
     optimizer = adamw(model)
     policy = {"criterion": Taylor(), "granularity": Element(), "schedule": OneShot(0.5)}
@@ -351,20 +350,9 @@ def ranks_that_differ_are_refused(rank: int, size: int, folder: Path) -> None:
     raises(TypeError, "got one that works with others", lambda: pickle.dumps(pruner))
 
 
-def worker(rank: int, size: int, folder: Path, checks: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size
-    )
+def run_all(rank: int, size: int, checks: tuple[Callable[[int, int], None], ...]) -> None:
     for check in checks:
-        try:
-            check(rank, size, folder)
-        except BaseException as error:
-            text = "".join(traceback.format_exception(error))
-            (folder / f"rank{rank}.txt").write_text(f"{check.__name__}\n{text}")
-            raise
-    dist.barrier()
-    dist.destroy_process_group()
+        check(rank, size)
 
 
 SHARDED = (
@@ -381,9 +369,4 @@ PARALLEL = (data_parallel_ranks_agree, ranks_that_differ_are_refused)
     ("size", "checks"), [(2, (*SHARDED, *PARALLEL)), (4, (*SHARDED, hybrid_shards))]
 )
 def test_processes(size: int, checks: tuple[Any, ...], tmp_path: Path) -> None:
-    """One start of the processes for all the checks: starting takes longer than they do."""
-    try:
-        mp.start_processes(worker, (size, tmp_path, checks), nprocs=size, start_method="spawn")
-    except mp.ProcessException:
-        reports = [path.read_text() for path in sorted(tmp_path.glob("rank*.txt"))]
-        pytest.fail("\n".join(reports) or "a process ended without a report")
+    processes.run(size, tmp_path, run_all, checks)

@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 import torch._dynamo.testing
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
@@ -169,19 +169,15 @@ def train_together(wrap: Callable[[nn.Module], nn.Module], rank: int) -> None:
     pruner.check()
 
 
-def two_ranks(rank: int, folder: str) -> None:
+def two_ranks(rank: int, size: int) -> None:
     """One loop with DistributedDataParallel, one with fully_shard, on other data each."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     train_together(nn.parallel.DistributedDataParallel, rank)
     train_together(fully_shard, rank)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def test_two_ranks_with_different_data_keep_the_same_masks(tmp_path: Path) -> None:
     """Data-parallel and sharded; test_distributed.py compares the choice with the gathered one."""
-    mp.start_processes(two_ranks, (str(tmp_path),), nprocs=2, start_method="spawn")
+    processes.run(2, tmp_path, two_ranks)
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "not fused"])

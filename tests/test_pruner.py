@@ -1532,3 +1532,13 @@ def test_everything_dead_is_zero_after_a_step_whatever_happened_before(
         optimizer.step()
         optimizer.zero_grad()
         check_dead_are_zero(pruner, optimizer)
+
+
+def test_sparse_gradients_are_refused() -> None:
+    for criterion in (Taylor(), secateur.Magnitude()):
+        table = nn.Embedding(12, 8, sparse=True)
+        optimizer = torch.optim.SparseAdam(table.parameters())
+        Pruner(table, optimizer, **{**GOOD, "criterion": criterion}, include="weight")
+        table(torch.arange(6)).sum().backward()
+        with pytest.raises(ValueError, match="a dense gradient of 'weight', got .*sparse_coo"):
+            optimizer.step()

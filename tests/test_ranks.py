@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor
 
 from secateur import ops
@@ -217,37 +216,24 @@ CHECKS = (
 )
 
 
-def work(rank: int, size: int, meeting_point: str) -> None:
+def work(rank: int, size: int) -> None:
     """One process: everything that there is to check, for one start of the processes."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{meeting_point}",
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=60),
-    )
-    try:
-        world = Ranks(dist.group.WORLD)
-        assert (world.rank, world.size) == (rank, size)
-        for check in CHECKS:
-            check(world)
-        if size == 4:
-            group = dist.new_group([1, 3])
-            if rank in (1, 3):
-                two = Ranks(group)
-                assert (two.rank, two.size) == (rank // 2, 2)
-                check_exchanges(two)
-                check_ties(two)
-    finally:
-        dist.destroy_process_group()
+    world = Ranks(dist.group.WORLD)
+    assert (world.rank, world.size) == (rank, size)
+    for check in CHECKS:
+        check(world)
+    if size == 4:
+        group = dist.new_group([1, 3])
+        if rank in (1, 3):
+            two = Ranks(group)
+            assert (two.rank, two.size) == (rank // 2, 2)
+            check_exchanges(two)
+            check_ties(two)
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_several_processes(size: int, tmp_path: Path) -> None:
-    torch.multiprocessing.start_processes(
-        work, (size, str(tmp_path / "meeting point")), nprocs=size, start_method="spawn"
-    )
+    processes.run(size, tmp_path, work)
 
 
 # One process

@@ -461,14 +461,16 @@ class Pruner:
             turn: whose; None: everything is updated at once.
         """
         self._gradients.apply()  # an optimizer may step while backward is under way
+        target, last = self.schedule.target(self.steps), self.schedule.last
+        accumulation = self.criterion.accumulation if last is None or self.steps <= last else None
+        if target is None and accumulation is None:
+            return
         for layer in self.layers:
             layer.follow()
         mine = self.layers if turn is None else turn.layers
         inputs = Inputs(self.steps, self._gradient, self._given_state, self._scored)
-        last = self.schedule.last
-        if self.criterion.accumulation and (last is None or self.steps <= last):
-            self._observe(mine, inputs, *self.criterion.accumulation)
-        target = self.schedule.target(self.steps)
+        if accumulation is not None:
+            self._observe(mine, inputs, *accumulation)
         if target is None:
             return
         if not isinstance(target, Target):
@@ -493,7 +495,7 @@ class Pruner:
         # scale, and half precision may hold neither the scale nor the quotient.
         scale: Tensor | None = getattr(self._optimizer_of(layer), "grad_scale", None)
         if grad is None or scale is None:
-            return grad
+            return None if grad is None else _dense(layer, grad)
         return grad.to(layer.score_dtype) / float(scale)
 
     def _given_state(self, layer: Layer) -> tuple[Tensor, float] | None:
@@ -628,6 +630,8 @@ class Pruner:
         """
         dead = [layer for layer in turn.layers if layer.alive < layer.numel]
         copied = [layer for layer in dead if layer.master is not None]
+        for layer in dead:
+            layer.follow()
         # Layer has checked that these can be masked.
         revived = mask_unchecked_(
             [layer.own for layer in dead] + [part(layer.parameter) for layer in copied],
@@ -654,7 +658,7 @@ class Pruner:
     @torch.no_grad()
     def _mask_gradients(self) -> None:
         self._mask(
-            (tensor.grad, layer)
+            (_dense(layer, tensor.grad), layer)
             for layer in self.layers
             for tensor in {layer.parameter, layer.trained}
             if tensor.grad is not None
@@ -717,6 +721,8 @@ class _GradientMask:
 
     def arrive(self, layer: Layer) -> None:
         """The gradient of ``layer`` is there."""
+        if layer.alive == layer.numel:
+            return
         self._arrived.append(layer)
         backward = torch._C._current_graph_task_id()  # -1: none is under way
         if self._at_once or backward == -1:
@@ -727,22 +733,16 @@ class _GradientMask:
 
     def apply(self) -> None:
         """Mask what has arrived."""
-        layers = [layer for layer in self._arrived if layer.alive < layer.numel]
-        self._arrived, self._backward = [], -1
-        grads = [(layer, layer.parameter.grad) for layer in layers]
+        arrived, self._arrived, self._backward = self._arrived, [], -1
         masked: list[Tensor] = []
         bits: list[Tensor] = []
-        for layer, grad in grads:
+        for layer in arrived:
+            grad = layer.parameter.grad
             if grad is None:
                 continue
-            if grad.layout != torch.strided:
-                raise ValueError(
-                    f"expected a dense gradient of {layer.name!r}, got one of {grad.layout}: "
-                    "exclude it, or make it with sparse=False"
-                )
             if layer.bits.device != grad.device:
                 layer.follow()
-            masked.append(part(grad))
+            masked.append(part(_dense(layer, grad)))
             bits.append(layer.bits)
         # autograd made them: each is dense, and of the dtype and shape of its parameter.
         mask_unchecked_(masked, bits)
@@ -762,6 +762,15 @@ class _GradientHook:
 
     def __call__(self, parameter: Tensor) -> None:
         self._mask.arrive(self._layer)
+
+
+def _dense(layer: Layer, grad: Tensor) -> Tensor:
+    if grad.layout != torch.strided:
+        raise ValueError(
+            f"expected a dense gradient of {layer.name!r}, got one of {grad.layout}: exclude it, or "
+            "make it with sparse=False"
+        )
+    return grad
 
 
 def _optimizers(given: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimizer, ...]:
