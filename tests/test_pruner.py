@@ -1540,5 +1540,5 @@ def test_sparse_gradients_are_refused() -> None:
         optimizer = torch.optim.SparseAdam(table.parameters())
         Pruner(table, optimizer, **{**GOOD, "criterion": criterion}, include="weight")
         table(torch.arange(6)).sum().backward()
-        with pytest.raises(ValueError, match="a dense gradient of 'weight', got .*sparse_coo"):
+        with pytest.raises(ValueError, match=r"a dense gradient of 'weight', got .*sparse_coo"):
             optimizer.step()

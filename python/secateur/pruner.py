@@ -767,8 +767,8 @@ class _GradientHook:
 def _dense(layer: Layer, grad: Tensor) -> Tensor:
     if grad.layout != torch.strided:
         raise ValueError(
-            f"expected a dense gradient of {layer.name!r}, got one of {grad.layout}: exclude it, or "
-            "make it with sparse=False"
+            f"expected a dense gradient of {layer.name!r}, got one of {grad.layout}: exclude it, "
+            "or make it with sparse=False"
         )
     return grad
 
