@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim.swa_utils import AveragedModel
 
 from secateur import ops
@@ -22,8 +25,9 @@ __all__ = ["Layer", "count", "find_layers", "named_tensors", "refuse_flattened",
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-# How bare parameters that are embeddings end: pos_embed, position_embedding, cls_token.
-_EMBEDDING_ENDINGS = ("embed", "embedding", "embeddings", "emb", "_token")
+# Bare parameters that are embeddings: pos_embed, position_embedding, cls_token; and biases.
+_EMBEDDING = re.compile(r"(^|_)(embed|embeddings?|emb|token)$")
+_BIAS = re.compile(r"(^|_)bias(_|$)")
 
 
 @dataclass(eq=False)
@@ -47,6 +51,7 @@ class Layer:
         state: running score, in the compute dtype; None before the first.
         target: the sparsity last asked for, as a fraction of the units that compete with its own.
         floor_held: whether its best unit lives only because a layer keeps at least one.
+        numel: how many weights it has; known here, as a DTensor takes its time to tell.
     """
 
     name: str
@@ -59,11 +64,10 @@ class Layer:
     unit_bits: Tensor = field(init=False)
     alive: int = field(init=False)
     alive_units: int = field(init=False)
+    numel: int = field(init=False)
     state: Tensor | None = None
     target: float = 0.0
     floor_held: bool = False
-
-    numel: int = field(init=False)  # of the parameter: a DTensor takes its time to tell
 
     def __post_init__(self) -> None:
         check_writable(repr(self.name), part(self.parameter))
@@ -92,14 +96,18 @@ class Layer:
         return self.own.shape[0], self.matrix[1]
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, cols) of units."""
+        return _grid(self.matrix, self.block)
+
+    @property
     def own_grid(self) -> tuple[int, int]:
         """(rows, cols) of the units that lie here."""
         return _grid(self.own_matrix, self.block)
 
     @property
     def units(self) -> int:
-        rows, cols = _grid(self.matrix, self.block)
-        return rows * cols
+        return self.grid[0] * self.grid[1]
 
     @property
     def sparsity(self) -> float:
@@ -238,11 +246,13 @@ def _parameters(model: nn.Module) -> list[_Found]:
 def _kind(module: nn.Module, leaf: str, parameter: nn.Parameter) -> str:
     if getattr(module, "is_block_sparse", False) and leaf == "values":
         return "block-sparse"
-    if isinstance(module, _EMBEDDINGS) or leaf.endswith(_EMBEDDING_ENDINGS):
+    if isinstance(module, ParametrizationList):
+        return "parametrized"
+    if isinstance(module, _EMBEDDINGS) or _EMBEDDING.search(leaf):
         return "embedding"
     if isinstance(module, _NORMS):
         return "norm"
-    if "bias" in leaf:
+    if _BIAS.search(leaf):
         return "bias"
     # A vector may be stored with more dimensions, to be broadcast: (C, 1, 1).
     if parameter.ndim < 2 or (leaf != "weight" and sum(n > 1 for n in parameter.shape) < 2):
@@ -311,6 +321,11 @@ def find_layers(
         return bool(hits)
 
     parameters = _parameters(model)
+    lazy = [f.names[0] for f in parameters if isinstance(f.parameter, UninitializedParameter)]
+    if lazy:
+        raise ValueError(
+            f"expected a model that has its shapes, got {lazy} of lazy modules: run it once first"
+        )
     for found in parameters:
         name, parameter, kind = found.names[0], found.parameter, found.kind
         modules = [module for alias in found.names for module in _modules_of(alias)]
@@ -357,6 +372,14 @@ def find_layers(
                 f"is a multiple of {unit_rows * split.shards.size} works"
             )
     layers = [Layer(name, *found, split) for name, found in chosen.items()]
+    places: dict[tuple[torch.device, int], str] = {}
+    for layer in layers:
+        place = (layer.own.device, layer.own.data_ptr())
+        if layer.own.numel() and places.setdefault(place, layer.name) != layer.name:
+            raise ValueError(
+                f"expected parameters of their own memory, got {places[place]!r} and "
+                f"{layer.name!r} sharing it: tie them by assigning the same Parameter"
+            )
     wide = {layer.name for layer in layers if layer.score_dtype == torch.float64}
     if 0 < len(wide) < len(layers):
         raise ValueError(

@@ -24,7 +24,8 @@ def read_masks(source: nn.Module | Mapping[str, Tensor], layers: Sequence[Layer]
     """
     if not isinstance(source, (nn.Module, Mapping)):
         raise TypeError(
-            f"expected a torch.nn.Module or a mapping of names to tensors, got {source!r}"
+            "expected a torch.nn.Module or a mapping of names to tensors, got "
+            f"{type(source).__name__}"
         )
     tensors = named_tensors(source) if isinstance(source, nn.Module) else source
     masks = [
@@ -58,18 +59,23 @@ def _mask_of(layer: Layer, tensors: Mapping[str, Tensor]) -> Tensor:
     module, _, leaf = layer.name.rpartition(".")
     chain = f"{module}.parametrizations.{leaf}.".removeprefix(".")
     candidates = [
-        f"{layer.name}_mask",  # torch.nn.utils.prune: a buffer beside weight_orig
-        *(name for name in tensors if name.startswith(chain) and name.endswith(".mask")),
-        layer.name,  # torch.ao.pruning has its masks in the parametrizations above
+        [f"{layer.name}_mask"],  # torch.nn.utils.prune: a buffer beside weight_orig
+        # torch.ao.pruning: a chain of parametrizations, each with a mask
+        [name for name in tensors if name.startswith(chain) and name.endswith(".mask")],
+        [layer.name],
     ]
-    for name in candidates:
-        if name not in tensors:
-            continue
-        found = tensors[name]
-        if not isinstance(found, Tensor) or found.shape != layer.shape:
-            got = tuple(found.shape) if isinstance(found, Tensor) else repr(found)
-            raise ValueError(
-                f"expected {name!r} to be a tensor of shape {tuple(layer.shape)}, got {got}"
-            )
-        return found.detach() != 0
-    raise ValueError(f"expected the source to hold one of {candidates}, got {sorted(tensors)}")
+    for names in candidates:
+        found = [_whole_mask(layer, name, tensors[name]) for name in names if name in tensors]
+        if found:
+            return torch.stack(found).all(0) if len(found) > 1 else found[0]
+    wanted = [name for names in candidates for name in names]
+    raise ValueError(f"expected the source to hold one of {wanted}, got {sorted(tensors)}")
+
+
+def _whole_mask(layer: Layer, name: str, found: object) -> Tensor:
+    if not isinstance(found, Tensor) or found.shape != layer.shape:
+        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(
+            f"expected {name!r} to be a tensor of shape {tuple(layer.shape)}, got {got}"
+        )
+    return found.detach() != 0

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -24,12 +26,14 @@ from secateur.ranks import Ranks
 from secateur.schedules import Schedule, Target
 from secateur.scope import share_out
 from secateur.selection import Inputs, choose, measured, non_finite, normalizer, unit_scores
-from secateur.shards import is_sharded, part
+from secateur.shards import ALONE, is_sharded, part
 
 __all__ = ["Pruner", "prune_"]
 
 _VERSION = 1  # of state_dict()
-_CHECK_EVERY = 10  # mask updates
+_OPTIMIZER_FILE = Optimizer.step.__code__.co_filename
+_LISTED = 6  # names that an error shows
+_CHECK_EVERY = 100  # steps; at every 10th mask update, too
 
 
 class Pruner:
@@ -43,10 +47,10 @@ class Pruner:
     Args:
         model: the module; wrappers (DataParallel, DistributedDataParallel, torch.compile) are seen
             through; it may be sharded by ``fully_shard``.
-        optimizer: holds the model's parameters; its ``step`` drives the schedule. Several take
-            their turns: scores are taken before the step of the one that trains the weight, and
-            masks are chosen when the last has its turn. None with :meth:`update`, for hand-rolled
-            updates.
+        optimizer: holds the model's parameters; its ``step`` drives the schedule. Several, in the
+            order in which they step, take turns: scores are taken before the step of the one that
+            trains the weight, and masks are chosen when the last has its turn. None with
+            :meth:`update`, for hand-rolled updates.
         criterion: what a weight is worth (``secateur.criteria``).
         granularity: what lives or dies together (``secateur.granularity``).
         schedule: when, and how far (``secateur.schedules``).
@@ -108,6 +112,8 @@ class Pruner:
             model, granularity, include, exclude, copies=_copies(model, process_group)
         )
         self.split = self.layers[0].split
+        # Groups that come to be later are a mistake to be found.
+        self._expects_group = process_group == "auto" and self.split == ALONE
         _set_masters(self.layers, masters or {})
         *_, self.model = wrappers(model)
         for layer in self.layers:
@@ -132,17 +138,21 @@ class Pruner:
         self._attach()
 
     def _attach(self) -> None:
-        alone = self.split.shards.size == self.split.copies.size == 1
-        self._gradients = _GradientMask(at_once=not alone)
-        self._handles = [
-            layer.parameter.register_post_accumulate_grad_hook(
-                _GradientHook(self._gradients, layer)
-            )
-            for layer in self.layers
-        ]
-        for optimizer in self.optimizers:
-            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
-            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        # torch.compile of a step breaks the graph around the hooks rather than look inside.
+        before, after = map(torch.compiler.disable, (self._before_step, self._after_step))
+        try:
+            for optimizer in self.optimizers:
+                self._handles.append(optimizer.register_step_pre_hook(before))
+                self._handles.append(optimizer.register_step_post_hook(after))
+        except AttributeError as error:
+            self.remove()
+            raise TypeError(
+                "expected optimizers made by torch.optim.Optimizer.__init__, got a "
+                f"{type(optimizer).__name__}: pass the optimizer that it wraps"
+            ) from error
+        for layer in self.layers:
+            hook = _GradientHook(layer)
+            self._handles.append(layer.parameter.register_post_accumulate_grad_hook(hook))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handles": bool(self._handles)}
@@ -171,7 +181,7 @@ class Pruner:
         life is zeroed on exit. A step of the optimizer inside is part of it; an update that raises
         does not count.
         """
-        self._before_update()
+        self._before_update(self.layers, last=True)
         self._in_update = True
         try:
             yield
@@ -213,12 +223,13 @@ class Pruner:
         for layer in self.layers:
             found = tensors.get(layer.name)
             if not isinstance(found, Tensor) or part(found).shape != layer.own.shape:
-                got = tuple(found.shape) if isinstance(found, Tensor) else repr(found)
+                got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
                 raise ValueError(
                     f"expected {layer.name!r} of shape {tuple(layer.shape)}, got {got} in a model "
-                    f"of {sorted(tensors)}"
+                    f"of {', '.join(sorted(tensors)[:_LISTED])}, ...: if it wraps the model, pass "
+                    "what it wraps"
                 )
-        self._mask((tensors[layer.name], layer) for layer in self.layers)
+        self._mask((layer, tensors[layer.name]) for layer in self.layers)
 
     @torch.no_grad()
     def load_masks_from(self, source: nn.Module | Mapping[str, Tensor]) -> None:
@@ -236,7 +247,9 @@ class Pruner:
             ValueError: nothing is found for a parameter, or of another shape; nothing is pruned;
                 all of a layer is; or a mask cuts through units. Nothing is changed then.
         """
-        unit_bits = read_masks(source, self.layers)
+        unit_bits = self.split.copies.attempt(
+            "read the masks", lambda: read_masks(source, self.layers)
+        )
         self._expect_same_masks(unit_bits)
         for layer, units in zip(self.layers, unit_bits, strict=True):
             layer.take_units(units)
@@ -247,7 +260,7 @@ class Pruner:
 
     @torch.no_grad()
     def check(self) -> None:
-        """Raise unless all that a pruner relies on holds; run every 10th mask update by itself.
+        """Raise unless all that a pruner relies on holds. Runs by itself every 100 steps.
 
         Raises:
             ValueError: a pruned parameter was replaced in the model or is in no optimizer any more,
@@ -255,25 +268,21 @@ class Pruner:
                 message says which tensor), or another process has other masks.
         """
         self._expect_parameters()
-        places: list[tuple[Layer, str]] = []
-        revived: list[int] = []
         for layer in self.layers:
             if self._handles and not _GradientHook.hangs_on(layer.parameter):
                 raise ValueError(
                     f"expected the pruner's gradient hook on {layer.name!r}, got none: something "
                     "cleared the hooks of the parameter"
                 )
-            dead = ~ops.unpack_mask(layer.bits, layer.own.shape)
-            for what, tensor in self._masked_tensors(layer):
-                places.append((layer, what))
-                revived.append(int(part(tensor)[dead].count_nonzero()))
+        tensors = list(self._masked_tensors(self.layers))
+        revived = self._mask((layer, t) for layer, _, t in tensors).tolist()
         everywhere = self.split.total(revived, self.layers[0].own.device, copies=True)
-        for (layer, what), n in zip(places, everywhere, strict=True):
-            if n:
+        for (layer, what, _), alive in zip(tensors, everywhere, strict=True):
+            if alive:
                 raise ValueError(
-                    f"expected the dead weights of {layer.name!r} to be zero in {what}, got {n} "
-                    "that are not: something other than a step of the optimizer wrote to it, such "
-                    "as a state dict that was loaded; mask_(model) after that"
+                    f"expected the dead weights of {layer.name!r} to be zero in {what}, got others "
+                    "(they are zeroed now): something other than a step of the optimizer wrote to "
+                    "it, such as a state dict that was loaded; call mask_(model) after that"
                 )
         self._expect_same_masks([layer.unit_bits for layer in self.layers])
 
@@ -291,7 +300,11 @@ class Pruner:
             "steps": self.steps,
             "idle_steps": self.idle_steps,
             "mask_updates": self._mask_updates,
-            "layers": {layer.name: state.save_layer(layer) for layer in self.layers},
+            "turns": [turn.over for turn in self._turns],
+            "layers": {
+                layer.name: state.save_layer(layer, self._scored.get(layer.name))
+                for layer in self.layers
+            },
             "rng": state.save_rng(self.split, self.layers[0].own.device),
         }
 
@@ -310,8 +323,13 @@ class Pruner:
                 changed then.
         """
         units = self._check_state(saved)
+        self._begin_round()
         for layer, bits in zip(self.layers, units, strict=True):
-            state.load_layer(layer, saved["layers"][layer.name], bits)
+            scored = state.load_layer(layer, saved["layers"][layer.name], bits)
+            if scored is not None:
+                self._scored[layer.name] = scored
+        for turn, over in zip(self._turns, saved["turns"], strict=True):
+            turn.over = over
         count(self.layers)
         self.steps, self.idle_steps = saved["steps"], saved["idle_steps"]
         self._mask_updates = saved["mask_updates"]
@@ -321,8 +339,9 @@ class Pruner:
 
     def _check_state(self, saved: Mapping[str, Any]) -> list[Tensor]:
         """The packed masks of units in a saved state; ValueError where it does not fit."""
-        ours = {"version", "settings", "steps", "idle_steps", "mask_updates", "layers", "rng"}
-        state.expect_keys("the state of a Pruner", saved, ours)
+        numbers = ("steps", "idle_steps", "mask_updates")
+        keys = {"version", "settings", *numbers, "turns", "layers", "rng"}
+        state.expect_keys("the state of a Pruner", saved, keys)
         if saved["version"] != _VERSION:
             raise ValueError(f"expected a state of version {_VERSION}, got {saved['version']!r}")
         state.expect_keys("settings", saved["settings"], self._settings())
@@ -331,9 +350,15 @@ class Pruner:
                 raise ValueError(
                     f"expected a state saved with {key}={setting}, got {saved['settings'][key]}"
                 )
-        for key in ("steps", "idle_steps", "mask_updates"):
+        for key in numbers:
             if type(saved[key]) is not int or saved[key] < 0:
                 raise ValueError(f"expected {key} to be a whole number, got {saved[key]!r}")
+        turns = saved["turns"]
+        if not isinstance(turns, list) or len(turns) != len(self._turns):
+            raise ValueError(
+                f"expected the state of {len(self._turns)} optimizers that train what is pruned, "
+                f"got {turns!r}"
+            )
         state.expect_keys("layers", saved["layers"], {layer.name for layer in self.layers})
         state.check_rng(saved["rng"])
         return [state.check_layer(layer, saved["layers"][layer.name]) for layer in self.layers]
@@ -357,9 +382,9 @@ class Pruner:
 
     def _settings(self) -> dict[str, str]:
         return {
-            "criterion": repr(self.criterion),
-            "granularity": repr(self.granularity),
-            "schedule": repr(self.schedule),
+            "criterion": _described(self.criterion),
+            "granularity": _described(self.granularity),
+            "schedule": _described(self.schedule),
             "scope": repr(self.scope),
         }
 
@@ -378,19 +403,14 @@ class Pruner:
 
     def _assign_turns(self) -> None:
         """Find which optimizer trains each layer; ValueError where none does."""
-        if not self.optimizers:
-            self._turns = self._turns or [_Turn(None, self.layers)]
-            return
-        found: dict[int, list[Layer]] = {}
+        optimizers: Sequence[Optimizer | None] = self.optimizers or (None,)
+        owners: dict[int, list[Layer]] = {}
         lost: list[str] = []
         for layer in self.layers:
-            holders = [
-                i
-                for i, optimizer in enumerate(self.optimizers)
-                if surgery.group_of(optimizer, layer.trained) is not None
-            ]
-            if holders:
-                found.setdefault(holders[0], []).append(layer)
+            for i, optimizer in enumerate(optimizers):
+                if optimizer is None or surgery.group_of(optimizer, layer.trained) is not None:
+                    owners.setdefault(i, []).append(layer)
+                    break
             else:
                 lost.append(layer.name)
         if lost:
@@ -399,11 +419,18 @@ class Pruner:
                 f"{lost}: it was given other parameters, or they were replaced (sparsify); make "
                 "the pruner after that, or remove() it before"
             )
-        if list(found.values()) != [turn.layers for turn in self._turns]:
-            self._turns = [_Turn(self.optimizers[i], layers) for i, layers in found.items()]
+        turns = [_Turn(optimizers[i], owners[i]) for i in sorted(owners)]
+        if [turn.layers for turn in turns] != [turn.layers for turn in self._turns]:
+            self._turns = turns
 
     def _expect_parameters(self) -> None:
         """ValueError unless the model and the optimizers still hold what is pruned."""
+        initialized = dist.is_available() and dist.is_initialized()
+        if self._expects_group and initialized and dist.get_world_size() > 1:
+            raise ValueError(
+                "expected the pruner to be made after init_process_group, got one that does not "
+                "know of the other processes; process_group=None prunes on its own"
+            )
         self._assign_turns()
         tensors = named_tensors(self.model)
         for layer in self.layers:
@@ -413,25 +440,35 @@ class Pruner:
             if found is not layer.parameter and not unsharded:
                 raise ValueError(
                     f"expected the model to hold the parameter {layer.name!r} that is pruned, got "
-                    "another one in its place: it was replaced after the pruner was made"
+                    "another one in its place: it was replaced after the pruner was made (by "
+                    "load_state_dict(assign=True), fully_shard, a new layer)"
                 )
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         turn = self._turn_of(optimizer)
-        if turn is None or self._in_update or _is_skipped(optimizer):
+        if turn is None:
             return None
         turn.moments_untouched = turn.moments_left == turn.moment_versions()
+        place = self._turns.index(turn)
+        if any(later.over for later in self._turns[place:]):  # one left out its turn: start again
+            self._begin_round()
+        last = all(other.over for other in self._turns if other is not turn)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            self._before_update(turn)
+            self._before_update(turn.layers, last)
             return None
 
-        # The closure makes the gradients, so the masks are chosen right after it has run.
+        # The closure makes the gradients, so the masks are chosen right after it has first run.
+        scored = False
+
         def scored_closure() -> Any:
+            nonlocal scored
             loss = closure()
-            self._before_update(turn)
+            if not scored:
+                scored = True
+                self._before_update(turn.layers, last)
             return loss
 
         if "closure" in kwargs:
@@ -442,7 +479,7 @@ class Pruner:
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         turn = self._turn_of(optimizer)
-        if turn is None or self._in_update or _is_skipped(optimizer):
+        if turn is None:
             return
         self._mask_updated(turn)
         turn.over = True
@@ -450,42 +487,44 @@ class Pruner:
             self._count_step()
 
     def _turn_of(self, optimizer: Optimizer) -> _Turn | None:
-        """Its turn; None where it trains nothing that is pruned."""
+        """Its turn; None where it trains nothing that is pruned, or this is no step of its own."""
+        if self._in_update or _is_skipped(optimizer) or _is_inner(optimizer):
+            return None
         return next((turn for turn in self._turns if turn.optimizer is optimizer), None)
 
     @torch.no_grad()
-    def _before_update(self, turn: _Turn | None = None) -> None:
-        """Score what is about to be updated; choose masks where that is the last of it.
-
-        Args:
-            turn: whose; None: everything is updated at once.
-        """
-        self._gradients.apply()  # an optimizer may step while backward is under way
-        target, last = self.schedule.target(self.steps), self.schedule.last
-        accumulation = self.criterion.accumulation if last is None or self.steps <= last else None
+    def _before_update(self, mine: Sequence[Layer], last: bool) -> None:
+        """Score what is about to be updated, and choose masks if it is the last of a round."""
+        target = self.schedule.target(self.steps)
+        if target is not None and not isinstance(target, Target):
+            raise TypeError(
+                f"expected {self.schedule!r} to ask for a Target or None, got {target!r}"
+            )
+        if last and self.steps % _CHECK_EVERY == _CHECK_EVERY - 1:
+            self.check()
+        accumulation = self.criterion.accumulation if self._expects_more() else None
         if target is None and accumulation is None:
             return
         for layer in self.layers:
             layer.follow()
-        mine = self.layers if turn is None else turn.layers
         inputs = Inputs(self.steps, self._gradient, self._given_state, self._scored)
         if accumulation is not None:
             self._observe(mine, inputs, *accumulation)
         if target is None:
             return
-        if not isinstance(target, Target):
-            raise TypeError(
-                f"expected {self.schedule!r} to ask for a Target or None, got {target!r}"
-            )
         self._expect_signal(mine)
-        if turn is not None and not all(t.over for t in self._turns if t is not turn):
-            for i, layer in enumerate(self.layers):
-                if layer in mine:
-                    self._scored[layer.name] = unit_scores(
-                        i, layer, self.criterion, self.granularity, inputs
-                    )
+        if last:
+            self._prune(target, inputs)
             return
-        self._prune(target, inputs)
+        for i, layer in enumerate(self.layers):
+            if layer in mine:
+                self._scored[layer.name] = unit_scores(
+                    i, layer, self.criterion, self.granularity, inputs
+                )
+
+    def _expects_more(self) -> bool:
+        """Whether the schedule has a due step yet to come, or may have."""
+        return self.schedule.last is None or self.steps <= self.schedule.last
 
     def _gradient(self, layer: Layer) -> Tensor | None:
         grad = layer.trained.grad
@@ -507,7 +546,7 @@ class Pruner:
         return self.criterion.given_state(layer.name, moments, group or {})
 
     def _optimizer_of(self, layer: Layer) -> Optimizer | None:
-        return next(turn.optimizer for turn in self._turns if layer in turn.layers)
+        return next((turn.optimizer for turn in self._turns if layer in turn.layers), None)
 
     def _expect_signal(self, mine: Sequence[Layer]) -> None:
         """ValueError where gradients decide and every one of them is zero: ties decided then."""
@@ -551,11 +590,16 @@ class Pruner:
             )
 
     def _prune(self, target: Target, inputs: Inputs) -> None:
-        if self._mask_updates % _CHECK_EVERY:
-            self._expect_parameters()
-        else:
+        if self._mask_updates % 10 == 0:
             self.check()
-        choice = choose(self.layers, self.criterion, self.granularity, target, self.scope, inputs)
+        else:
+            self._expect_parameters()
+        choice = self.split.copies.attempt(
+            "choose its masks",
+            lambda: choose(
+                self.layers, self.criterion, self.granularity, target, self.scope, inputs
+            ),
+        )
         self._expect_same_masks(choice.unit_bits)
         own = [
             int(not torch.equal(bits, layer.unit_bits))
@@ -574,7 +618,6 @@ class Pruner:
                 once = ops.pack_mask(layer.expanded(bits))
                 both = {layer.parameter, layer.trained}
                 ops.mask_([part(t) for t in both], [once] * len(both))
-        self._scored = {}
         self._mask_updates += 1
         if any(changed):
             count(self.layers)
@@ -585,38 +628,42 @@ class Pruner:
 
     def _expect_same_masks(self, unit_bits: Sequence[Tensor]) -> None:
         """ValueError, on all of them, unless every process that has a copy chose these masks."""
-        if self.split.copies.size == 1:
+        copies = self.split.copies
+        if copies.size == 1:
             return
+        clock = torch.tensor([self.steps], device=unit_bits[0].device)
+        clocks = torch.cat(copies.gather(clock)).tolist()
+        if len(set(clocks)) > 1:
+            raise ValueError(
+                f"expected every process to be at the same step, got steps {clocks} by rank: some "
+                "skipped an optimizer step that others took"
+            )
         prints = torch.stack([state.fingerprint(bits) for bits in unit_bits])
-        everyone = torch.stack(self.split.copies.gather(prints))
-        differs = (everyone != everyone[0]).any(0).tolist()
-        if any(differs):
-            ranks = (everyone != everyone[0]).any(1).nonzero().flatten().tolist()
+        everyone = torch.stack(copies.gather(prints))
+        differs = everyone != everyone[0]
+        if differs.any():
+            ranks = differs.any(1).nonzero().flatten().tolist()
+            layer = self.layers[int(differs.any(0).nonzero()[0])]
             raise ValueError(
                 f"expected every process to choose the same masks at step {self.steps}, got others "
-                f"on ranks {ranks} for {self.layers[differs.index(True)].name!r}: their weights or "
-                "gradients differ (a gradient that was not synchronised, or a model of its own: "
-                "process_group=None)"
+                f"on ranks {ranks} for {layer.name!r}: their weights or gradients differ (a "
+                "gradient that was not synchronised, or a model of its own: process_group=None)"
             )
 
-    def _masked_tensors(self, layer: Layer) -> Iterator[tuple[str, Tensor]]:
+    def _masked_tensors(self, layers: Iterable[Layer]) -> Iterator[tuple[Layer, str, Tensor]]:
         """All that is zero where a weight is dead, with the words for it."""
-        yield "the model", layer.parameter
-        if layer.master is not None:
-            yield "its master copy", layer.master
-        for optimizer in self.optimizers:
-            for key, moment in surgery.moments(optimizer, layer.trained):
-                yield f"{key!r} of {type(optimizer).__name__}", moment
+        for layer in layers:
+            yield layer, "the model", layer.parameter
+            if layer.master is not None:
+                yield layer, "its master copy", layer.master
+            for optimizer in self.optimizers:
+                for key, moment in surgery.moments(optimizer, layer.trained):
+                    yield layer, f"{key!r} of {type(optimizer).__name__}", moment
 
     @torch.no_grad()
     def _mask_weights(self) -> None:
         """Zero the dead in weights and moments."""
-        self._mask(
-            (tensor, layer)
-            for layer in self.layers
-            if layer.alive < layer.numel
-            for _, tensor in self._masked_tensors(layer)
-        )
+        self._mask((layer, t) for layer, _, t in self._masked_tensors(self.layers))
 
     @torch.no_grad()
     def _mask_updated(self, turn: _Turn) -> None:
@@ -624,14 +671,13 @@ class Pruner:
 
         In the weights after every update: that holds for any optimizer, any learning rate, and
         whatever is loaded into the model meanwhile. Moments are spared, which halves the cost,
-        where the optimizer certainly left them zero: it keeps zeros, nobody else wrote to them, and
-        no weight had moved, as one does whose gradient was tampered with unless the learning rate
-        is 0. A GPU would have to be waited for to know that; there all are masked.
+        where the optimizer left them zero: it keeps zeros, nobody else wrote to them, and no weight
+        moved, as one would whose gradient was tampered with after it arrived.
         """
         dead = [layer for layer in turn.layers if layer.alive < layer.numel]
-        copied = [layer for layer in dead if layer.master is not None]
         for layer in dead:
             layer.follow()
+        copied = [layer for layer in dead if layer.master is not None]
         # Layer has checked that these can be masked.
         revived = mask_unchecked_(
             [layer.own for layer in dead] + [part(layer.parameter) for layer in copied],
@@ -641,15 +687,13 @@ class Pruner:
         if optimizer is None:
             return
         spared = (
-            surgery.keeps_zeros(optimizer)
-            and turn.moments_untouched
-            and revived.device.type == "cpu"
+            turn.moments_untouched
+            and surgery.keeps_zeros(optimizer, turn.layers[0].trained)
             and not revived.any()
-            and all(group["lr"] != 0 for group in optimizer.param_groups)
         )
         if not spared:
             self._mask(
-                (moment, layer)
+                (layer, moment)
                 for layer in dead
                 for _, moment in surgery.moments(optimizer, layer.trained)
             )
@@ -658,25 +702,28 @@ class Pruner:
     @torch.no_grad()
     def _mask_gradients(self) -> None:
         self._mask(
-            (_dense(layer, tensor.grad), layer)
+            (layer, _dense(layer, tensor.grad))
             for layer in self.layers
             for tensor in {layer.parameter, layer.trained}
             if tensor.grad is not None
         )
 
-    def _mask(self, pairs: Iterable[tuple[Tensor, Layer]]) -> Tensor:
+    def _mask(self, pairs: Iterable[tuple[Layer, Tensor]]) -> Tensor:
         """Zero the dead in each tensor; whether one was not zero, tensor by tensor."""
-        dead = [(part(t), layer.bits) for t, layer in pairs if layer.alive < t.numel()]
-        return ops.mask_([t for t, _ in dead], [bits for _, bits in dead])
+        listed = [(layer, part(t)) for layer, t in pairs]
+        return ops.mask_([t for _, t in listed], [layer.bits for layer, _ in listed])
 
     def _count_step(self) -> None:
         self.steps += 1
+        self._begin_round()
+        if not self._expects_more():
+            for layer in self.layers:
+                layer.state = None
+
+    def _begin_round(self) -> None:
+        self._scored = {}
         for turn in self._turns:
             turn.over = False
-        last = self.schedule.last
-        if last is not None and self.steps > last:
-            for layer in self.layers:
-                layer.state = None  # nothing will ask for it again
 
 
 @dataclasses.dataclass(eq=False)
@@ -684,8 +731,9 @@ class _Turn:
     """An optimizer and the layers that it trains.
 
     Attributes:
-        over: whether it has stepped since all of them had.
-        moments_left: as its last step left them.
+        optimizer: None: updates by hand.
+        over: whether it has stepped in this round.
+        moments_left: the versions of the moments after its last step.
         moments_untouched: whether nobody else had written to them when its step began.
     """
 
@@ -697,62 +745,16 @@ class _Turn:
 
     def moment_versions(self) -> list[tuple[int, int]]:
         """Which tensors the optimizer keeps, and how often each was written to."""
-        optimizer = self.optimizer
-        if optimizer is None or not surgery.keeps_zeros(optimizer):
-            return []  # its moments are masked in any case
-        return surgery.versions(optimizer, [layer.trained for layer in self.layers])
-
-
-class _GradientMask:
-    """Zeroes the gradient of dead weights once backward has made it.
-
-    On one process in one call for all of them, at the end of backward: between matrix products,
-    caches are cold, and a call for each takes longer than its work. With others at once, before
-    DistributedDataParallel sends it.
-    """
-
-    def __init__(self, at_once: bool) -> None:
-        self._at_once = at_once
-        self._arrived: list[Layer] = []
-        self._backward = -1
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_arrived": [], "_backward": -1}
-
-    def arrive(self, layer: Layer) -> None:
-        """The gradient of ``layer`` is there."""
-        if layer.alive == layer.numel:
-            return
-        self._arrived.append(layer)
-        backward = torch._C._current_graph_task_id()  # -1: none is under way
-        if self._at_once or backward == -1:
-            self.apply()
-        elif backward != self._backward:
-            self._backward = backward
-            torch.autograd.Variable._execution_engine.queue_callback(self.apply)
-
-    def apply(self) -> None:
-        """Mask what has arrived."""
-        arrived, self._arrived, self._backward = self._arrived, [], -1
-        masked: list[Tensor] = []
-        bits: list[Tensor] = []
-        for layer in arrived:
-            grad = layer.parameter.grad
-            if grad is None:
-                continue
-            if layer.bits.device != grad.device:
-                layer.follow()
-            masked.append(part(_dense(layer, grad)))
-            bits.append(layer.bits)
-        # autograd made them: each is dense, and of the dtype and shape of its parameter.
-        mask_unchecked_(masked, bits)
+        if self.optimizer is None:
+            return []
+        return surgery.versions(self.optimizer, [layer.trained for layer in self.layers])
 
 
 class _GradientHook:
-    """Tells of the gradient of a layer."""
+    """Zeroes the gradient of dead weights as it arrives: whatever comes after sees zeros."""
 
-    def __init__(self, mask: _GradientMask, layer: Layer) -> None:
-        self._mask, self._layer = mask, layer
+    def __init__(self, layer: Layer) -> None:
+        self._layer = layer
 
     @classmethod
     def hangs_on(cls, parameter: Tensor) -> bool:
@@ -761,7 +763,13 @@ class _GradientHook:
         return any(isinstance(hook, cls) for hook in hooks.values())
 
     def __call__(self, parameter: Tensor) -> None:
-        self._mask.arrive(self._layer)
+        layer, grad = self._layer, parameter.grad
+        if grad is None or layer.alive == layer.numel:
+            return
+        if layer.bits.device != grad.device:
+            layer.follow()
+        # autograd has made it: it is of the shape and dtype of the parameter.
+        mask_unchecked_([part(_dense(layer, grad))], [layer.bits])
 
 
 def _dense(layer: Layer, grad: Tensor) -> Tensor:
@@ -771,6 +779,12 @@ def _dense(layer: Layer, grad: Tensor) -> Tensor:
             "or make it with sparse=False"
         )
     return grad
+
+
+def _described(policy: Criterion | Granularity | Schedule) -> str:
+    # A subclass that is no dataclass itself inherits a repr that does not know its attributes.
+    own = "__dataclass_params__" in vars(type(policy)) or "__repr__" in vars(type(policy))
+    return repr(policy) if own else f"{type(policy).__name__}({vars(policy)})"
 
 
 def _optimizers(given: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimizer, ...]:
@@ -791,6 +805,8 @@ def _optimizers(given: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimize
             "expected an optimizer that evaluates the gradient once a step, got LBFGS, whose "
             "curvature history spans every weight: its steps would move the dead ones"
         )
+    if len({id(optimizer) for optimizer in optimizers}) < len(optimizers):
+        raise ValueError("expected every optimizer once, got one of them twice")
     return tuple(optimizers)
 
 
@@ -801,10 +817,19 @@ def _copies(
     if process_group == "auto":
         found = [w for w in wrappers(model) if isinstance(w, nn.parallel.DistributedDataParallel)]
         return Ranks(found[0].process_group) if found else None
+    if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(
+            f'expected process_group to be a ProcessGroup, "auto" or None, got {process_group!r}'
+        )
     return Ranks(process_group)
 
 
 def _set_masters(layers: Sequence[Layer], masters: Mapping[str, Tensor]) -> None:
+    if not isinstance(masters, Mapping):
+        raise TypeError(
+            "expected masters to be a mapping of parameter names to tensors, got "
+            f"{type(masters).__name__}"
+        )
     by_name = {layer.name: layer for layer in layers}
     for name, master in masters.items():
         layer = by_name.get(name)
@@ -841,6 +866,18 @@ def _is_skipped(optimizer: Optimizer) -> bool:
     """Whether a fused step under GradScaler, which runs the hooks either way, does nothing."""
     found_inf = getattr(optimizer, "found_inf", None)
     return found_inf is not None and bool(found_inf)
+
+
+def _is_inner(optimizer: Optimizer) -> bool:
+    """Whether the step is one that a subclass's step calls: torch runs the hooks of both."""
+    steps = 0
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "wrapper" and code.co_filename == _OPTIMIZER_FILE:
+            steps += frame.f_locals["args"][0] is optimizer
+        frame = frame.f_back
+    return steps > 1
 
 
 @torch.no_grad()

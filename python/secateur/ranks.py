@@ -1,4 +1,4 @@
-"""Selection over weights whose rows are spread over processes (FSDP2).
+"""What processes that prune one model exchange, and selection over rows spread over them.
 
 Every method of :class:`Ranks` that exchanges something is collective: all ranks call it, in the
 same order.
@@ -106,6 +106,30 @@ class Ranks:
         dist.broadcast_object_list(shared, group=self.group, group_src=0)
         return shared[0]
 
+    def attempt(self, what: str, work: Callable[[], _Result]) -> _Result:
+        """``work()``; where it fails on some rank, an error on all of them, none left waiting.
+
+        Args:
+            what: what a rank is expected to do, in the error.
+            work: makes no exchange of its own that another rank could miss.
+
+        Raises:
+            RuntimeError: another rank has failed. On that one, its own error.
+        """
+        if self.size == 1:
+            return work()
+        try:
+            result = work()
+        except Exception as error:
+            self._every(f"{type(error).__name__}: {error}")
+            raise
+        for rank, failure in enumerate(self._every(None)):
+            if failure is not None:
+                raise RuntimeError(
+                    f"expected every rank to {what}, got an error on rank {rank}: {failure}"
+                )
+        return result
+
     def select(
         self,
         weights: Sequence[Tensor],
@@ -148,8 +172,8 @@ class Ranks:
         limit: dict[str, Any] = {"keep": keep, "threshold": threshold}
         if self.size == 1:
             return ops.select(weights, grads, states, **arguments, **limit)
-        bins, counts, info = self._attempt(
-            lambda: ops.histogram(weights, grads, states, **arguments)
+        bins, counts, info = self.attempt(
+            "score its rows", lambda: ops.histogram(weights, grads, states, **arguments)
         )
         dtypes = sorted({str(ops.compute_dtype(w.dtype)) for w in weights})
         self.agree(
@@ -204,20 +228,6 @@ class Ranks:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
-
-    def _attempt(self, work: Callable[[], _Result]) -> _Result:
-        """``work()``, but where it fails on some rank, an error on all of them."""
-        try:
-            result = work()
-        except Exception as error:
-            self._every(f"{type(error).__name__}: {error}")
-            raise
-        for rank, failure in enumerate(self._every(None)):
-            if failure is not None:
-                raise RuntimeError(
-                    f"expected every rank to score its rows, got an error on rank {rank}: {failure}"
-                )
-        return result
 
 
 def _at(given: Sequence[Any] | None, i: int) -> list[Any] | None:

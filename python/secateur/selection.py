@@ -235,7 +235,9 @@ def choose(
     Raises:
         ValueError: a missing gradient, or a score of a living unit that is NaN or Inf.
     """
-    candidates = _Candidates(layers, criterion, granularity, inputs)
+    candidates = layers[0].split.shards.attempt(
+        "score its rows", lambda: _Candidates(layers, criterion, granularity, inputs)
+    )
     bits = {i: layer.unit_bits for i, layer in enumerate(layers)}
     floored: set[int] = set()
     if target.threshold is not None:

@@ -68,10 +68,13 @@ class Split:
 
     def cut(self, t: Tensor, like: Tensor) -> Tensor:
         """This process's part of ``t``, of the shape of ``like``: a DTensor, or the whole."""
+        source: Any = t
+        layout: Any = like
         if is_sharded(t) and is_sharded(like):
-            layout: Any = like
-            t = t.redistribute(layout.device_mesh, layout.placements)  # type: ignore[attr-defined]
-        if is_sharded(t) or self.shards.size == 1:
+            return part(source.redistribute(layout.device_mesh, layout.placements))
+        if is_sharded(t):
+            return part(source.full_tensor())
+        if self.shards.size == 1:
             return part(t)
         first = self.first_row(like.shape[0])
         return t[first : first + part(like).shape[0]]

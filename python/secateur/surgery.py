@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import (
     ASGD,
@@ -50,12 +51,15 @@ def moments(optimizer: Optimizer, parameter: Tensor) -> Iterator[tuple[str, Tens
     """The moments of ``parameter`` and the keys they are kept under; none before a step.
 
     A moment is floating-point state of the parameter's shape, also where an optimizer keeps several
-    of them in a list or a dict.
+    of them in a list or a dict, or leaves them to the optimizer that it wraps.
     """
-    for key, value in optimizer.state.get(parameter, {}).items():
-        for t in (value,) if isinstance(value, Tensor) else _tensors(value):
-            if _is_moment(t, parameter):
-                yield key, t
+    # ZeroRedundancyOptimizer has .optim, accelerate's wrapper .optimizer.
+    wrapped = (getattr(optimizer, name, None) for name in ("optim", "optimizer"))
+    for each in (optimizer, *(inner for inner in wrapped if isinstance(inner, Optimizer))):
+        for key, value in each.state.get(parameter, {}).items():
+            for t in (value,) if isinstance(value, Tensor) else _tensors(value):
+                if _is_moment(t, parameter):
+                    yield key, t
 
 
 def versions(optimizer: Optimizer, parameters: Iterable[Tensor]) -> list[tuple[int, int]]:
@@ -70,12 +74,20 @@ def versions(optimizer: Optimizer, parameters: Iterable[Tensor]) -> list[tuple[i
     ]
 
 
-def keeps_zeros(optimizer: Optimizer) -> bool:
-    """Whether a weight and its moments stay zero, with certainty, where they and its gradient are.
+def keeps_zeros(optimizer: Optimizer, parameter: Tensor) -> bool:
+    """Whether weights and moments stay zero where they and the gradient are, and only there.
 
-    A subclass, like any optimizer that is not torch's own, may do anything.
+    So that weights which are zero after an update tell that moments are. A subclass, like any
+    optimizer that is not torch's own, may do anything; in half precision, and where the learning
+    rate is 0, a moment may not move its weight. Always False on a GPU, which would have to be
+    waited for to look at the weights.
     """
-    return type(optimizer) in _KEEPS_ZEROS
+    return (
+        type(optimizer) in _KEEPS_ZEROS
+        and parameter.device.type == "cpu"
+        and parameter.dtype in (torch.float32, torch.float64)
+        and all(group["lr"] != 0 for group in optimizer.param_groups)
+    )
 
 
 def check_replaceable(optimizer: Optimizer, parameter: Tensor, name: str, ndim: int) -> None:
