@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import ProcessException
 
 
 def run(size: int, folder: Path, work: Callable[..., None], *args: Any) -> None:
@@ -25,7 +26,7 @@ def run(size: int, folder: Path, work: Callable[..., None], *args: Any) -> None:
     folder.mkdir(exist_ok=True)
     try:
         mp.start_processes(_work, (size, folder, work, args), nprocs=size, start_method="spawn")
-    except mp.ProcessException as error:
+    except ProcessException as error:
         reports = [path.read_text() for path in sorted(folder.glob("rank*.txt"))]
         pytest.fail("\n".join(reports) or str(error))
 

@@ -725,7 +725,7 @@ def test_a_process_killed_at_any_line_leaves_a_whole_file(forks: Any, tmp_path: 
         left = [p for p in tmp_path.iterdir() if p != path]
         stale += len(left)
         for temporary in left:
-            assert temporary.name.startswith(f"x.saving-{child.pid}-")
+            assert temporary.name.startswith(f"saving-{child.pid}-")
             assert temporary.suffix == ".tmp"
             temporary.unlink()
     assert stale > 5
@@ -1130,7 +1130,10 @@ def two_ranks(rank: int, size: int, directory: str) -> None:
         "got builtins.set",
         extra=0 if first else {1},
     )
-    fails(RuntimeError, "the same DTensors", extra=model[0].weight.detach() if first else None)
+    fails(ValueError, "the same DTensors", extra=model[0].weight.detach() if first else None)
+    fails(ValueError, "the same DTensors", path="two" if first else "other")
+    with pytest.raises(FileNotFoundError if first else RuntimeError, match="No such file"):
+        secateur.load(f"{directory}/{'none' if first else 'two'}", model, optimizer)
 
     def fail(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -1149,6 +1152,9 @@ def two_ranks(rank: int, size: int, directory: str) -> None:
             self.tensors += 1
             if self.tensors == 3:
                 fail()
+
+        def digest(self) -> bytes:
+            return b""
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hashlib, "sha256", Failing)

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 import secateur
 from secateur import Block, Cubic, Element, OneShot, Pruner, Taylor, Threshold
+from secateur.shards import ALONE
 
 
 class Net(nn.Module):
@@ -56,6 +57,10 @@ def batches(count: int, rank: int, size: int) -> Iterator[tuple[Tensor, Tensor]]
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor]) -> None:
     nn.functional.mse_loss(model(batch[0]), batch[1]).backward()
+    for name, p in model.named_parameters():  # what clipping sees
+        if p.grad is not None and name.endswith("weight"):
+            dead = whole(p.detach()) == 0
+            assert torch.all(whole(p.grad)[dead] == 0), name
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
@@ -334,6 +339,40 @@ def data_parallel_ranks_agree(rank: int, size: int) -> None:
                 assert all(torch.equal(weights[k], v) for k, v in model.state_dict().items())
 
 
+def data_parallel_in_all_its_ways(rank: int, size: int) -> None:
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # warns where it is imported
+
+    policy = {
+        "criterion": Taylor(ema=0.9),
+        "granularity": Element(),
+        "schedule": Cubic(0.8, begin=0, end=6, every=2),
+    }
+    for options in (
+        {"gradient_as_bucket_view": True},
+        {"find_unused_parameters": True},
+        {"static_graph": True},
+        {"process_group": dist.new_group(list(range(size)))},
+    ):
+        model = nn.parallel.DistributedDataParallel(make(), **options)
+        optimizer = adamw(model)
+        pruner = Pruner(model, optimizer, **policy)
+        for i, batch in enumerate(batches(16, rank, size)):
+            if i % 2 == 0:
+                with model.no_sync():
+                    nn.functional.mse_loss(model(batch[0]), batch[1]).backward()
+            else:
+                step(model, optimizer, batch)
+        assert pruner.sparsity() == pytest.approx(0.8, abs=1e-3)
+        check_dead_are_zero(pruner, optimizer)
+        pruner.check()
+    model = make()
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.Adamax, lr=1e-2)
+    pruner = Pruner(model, optimizer, **policy)
+    for batch in batches(8, 0, 1):  # the same everywhere
+        step(model, optimizer, batch)
+    check_dead_are_zero(pruner, optimizer.optim)
+
+
 def ranks_that_differ_are_refused(rank: int, size: int) -> None:
     model = make()
     optimizer = adamw(model)
@@ -348,6 +387,45 @@ def ranks_that_differ_are_refused(rank: int, size: int) -> None:
     optimizer.step()
     assert own.sparsity() == pytest.approx(0.5, abs=1e-3)
     raises(TypeError, "got one that works with others", lambda: pickle.dumps(pruner))
+    own.remove()
+
+    # Where one rank fails, none is left waiting.
+    model = make()
+    optimizer = adamw(model)
+    pruner = Pruner(model, optimizer, **policy)
+    (x, y), *_ = batches(1, 0, 1)
+    nn.functional.mse_loss(model(x), y).backward()
+    if rank == 1:
+        model.hidden.weight.grad[0, 0] = float("nan")
+    error = ValueError if rank == 1 else RuntimeError
+    raises(error, r"NaN or Inf in 'hidden.weight'", optimizer.step)
+    half = make()
+    secateur.prune_(half, secateur.Magnitude(), Element(), sparsity=0.5)
+    raises(
+        error,
+        "masks that prune something",
+        lambda: pruner.load_masks_from(make() if rank == 1 else half),
+    )
+    pruner.steps = rank
+    raises(ValueError, r"at the same step, got steps \[0, 1", pruner.check)
+    # Swapped bits in one column are a difference, too.
+    pruner.steps = 0
+    masks = {name: torch.ones_like(mask) for name, mask in pruner.masks.items()}
+    masks["shared.weight"] = torch.zeros(26, 64, dtype=torch.bool)[:, :26]
+    masks["shared.weight"][[0, 3] if rank == 0 else [1, 2], 5] = True
+    raises(ValueError, "others on ranks", lambda: pruner.load_masks_from(masks))
+
+
+def a_pruner_made_too_early_is_refused(rank: int, size: int) -> None:
+    model = make()
+    optimizer = adamw(model)
+    pruner = Pruner(
+        model, optimizer, criterion=Taylor(), granularity=Element(), schedule=OneShot(0.5)
+    )
+    pruner.split, pruner._expects_group = ALONE, True  # as before init_process_group
+    (x, y), *_ = batches(1, 0, 1)
+    nn.functional.mse_loss(model(x), y).backward()
+    raises(ValueError, "to be made after init_process_group", optimizer.step)
 
 
 def run_all(rank: int, size: int, checks: tuple[Callable[[int, int], None], ...]) -> None:
@@ -362,7 +440,12 @@ SHARDED = (
     masks_go_in_and_out,
     misfits_are_refused,
 )
-PARALLEL = (data_parallel_ranks_agree, ranks_that_differ_are_refused)
+PARALLEL = (
+    data_parallel_ranks_agree,
+    data_parallel_in_all_its_ways,
+    ranks_that_differ_are_refused,
+    a_pruner_made_too_early_is_refused,
+)
 
 
 @pytest.mark.parametrize(

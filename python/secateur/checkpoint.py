@@ -27,9 +27,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from secateur.layers import refuse_flattened
+from secateur.layers import WRAPPERS, refuse_flattened
 from secateur.nn import BlockSparseLinear
 from secateur.pruner import Pruner
+from secateur.ranks import Ranks
 from secateur.shards import is_sharded
 
 __all__ = ["load", "save"]
@@ -42,6 +43,7 @@ _NO_DIGEST = b"0" * 64
 _HEADER_LIMIT = 100_000_000  # bytes; safetensors reads no longer one
 _DEPTH = 64  # json reads no deeper than some depth, which load must not be the first to find out
 _CHUNK = 1 << 20  # bytes
+_OPENINGS = 10  # how often a file may be replaced while it is opened
 _LISTED = 4  # keys of one kind that an error shows
 
 # What every safetensors from 0.4.3 on reads.
@@ -79,11 +81,14 @@ def save(
     """Write a checkpoint from which :func:`load` resumes bit for bit.
 
     A crash at any moment leaves the file that was there or the new one, whole. A process that is
-    killed may leave ``<path>.saving-<pid>-<random>.tmp`` behind, which can be deleted.
+    killed may leave ``saving-<pid>-<random>.tmp`` behind, which can be deleted.
+
+    The pruner's state holds that of torch's random generators: of this process, or, where the model
+    is sharded, of all of them. Those of Python and numpy, and gradients, are not saved.
 
     Under DistributedDataParallel any one rank saves. A model of DTensors (``fully_shard``) is saved
-    by all ranks together: rank 0 writes, one gathered tensor in memory at a time, and no rank goes
-    on before the file is in place; what is no DTensor is saved as rank 0 has it.
+    by all ranks of its mesh together: the first writes, one gathered tensor in memory at a time,
+    and none goes on before the file is in place; what is no DTensor is saved as the first has it.
 
     Args:
         path: the file to write, in a directory that exists.
@@ -100,17 +105,16 @@ def save(
         RuntimeError: another rank cannot save. The file that was there is untouched in each case.
     """
     optimizers = _check_arguments(model, optimizer, pruner)
-    target = os.path.realpath(path)
+    target = os.path.realpath(os.fsdecode(path))
     # Each may be a collective: they run before anything that one rank alone could refuse.
     state: Mapping[str, Any] = model.state_dict(keep_vars=True)
     states = [each.state_dict() for each in optimizers]
     pruner_state = None if pruner is None else pruner.state_dict()
-    together = any(map(is_sharded, model.parameters()))
-    writes = not together or dist.get_rank() == 0
-    entries = _Entries(together)
+    ranks = _ranks_of(model)
+    entries = _Entries(sharded=ranks.group is not None)
 
     def plan() -> bytes:
-        if writes:
+        if ranks.rank == 0:
             _check_target(target)
         clean = _cleaner(model)
         structure = {
@@ -123,10 +127,19 @@ def save(
         }
         return _header(entries.encode(structure, ""), entries)
 
-    if together:
-        _save_together(target, plan, entries)
-    else:
-        _write(target, plan(), entries.whole())
+    header = ranks.attempt("save", plan)
+    ranks.agree("DTensors to save in the same file", f"{target}: {entries.gathered()}")
+    tensors = entries.whole()
+
+    def write() -> None:
+        try:
+            if ranks.rank == 0:
+                _write(target, header, tensors)
+        finally:
+            for _ in tensors:  # the others wait for this rank to take part, whatever happened
+                pass
+
+    ranks.attempt("save", write)
 
 
 def load(
@@ -156,7 +169,22 @@ def load(
         OSError: the file cannot be read.
     """
     optimizers = _check_arguments(model, optimizer, pruner)
-    file = _File(os.fspath(path))
+    model_state, optimizer_states, pruner_state, extra = _ranks_of(model).attempt(
+        "load", lambda: _prepare(os.fsdecode(path), model, optimizers, pruner)
+    )
+    model.load_state_dict(model_state)
+    for each, state in zip(optimizers, optimizer_states, strict=True):
+        _load_optimizer(each, state)
+    if pruner is not None:
+        pruner.load_state_dict(pruner_state)
+    return extra
+
+
+def _prepare(
+    path: str, model: nn.Module, optimizers: Sequence[Optimizer], pruner: Pruner | None
+) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any], Any]:
+    """All that is to be loaded, checked: states of model, optimizers and pruner, and extra."""
+    file = _File(path)
     saved = file.structure
     ours: Mapping[str, Any] = model.state_dict(keep_vars=True)
     clean = _cleaner(model)
@@ -178,7 +206,6 @@ def load(
         pruner_state = file.read(saved["pruner"])
         pruner._check_state(pruner_state)
 
-    # All is read before anything is changed.
     model_state: OrderedDict[str, Any] = OrderedDict()
     for key, value in ours.items():
         # The model copies its tensors from the file's memory, or from shards of it.
@@ -189,14 +216,23 @@ def load(
     optimizer_states = [
         _optimizer_state(file, state, each) for each, state in zip(optimizers, states, strict=False)
     ]
-    extra = file.read(saved["extra"])
+    return model_state, optimizer_states, pruner_state, file.read(saved["extra"])
 
-    model.load_state_dict(model_state)
-    for each, state in zip(optimizers, optimizer_states, strict=True):
-        _load_optimizer(each, state)
-    if pruner is not None:
-        pruner.load_state_dict(pruner_state)
-    return extra
+
+def _ranks_of(model: nn.Module) -> Ranks:
+    """The processes that hold a model of DTensors together."""
+    found: Any = next((p for p in model.parameters() if is_sharded(p)), None)
+    if found is None:
+        return Ranks()
+    mesh = found.device_mesh
+    if mesh.size() == dist.get_world_size():
+        return Ranks(dist.group.WORLD)
+    if mesh.ndim == 1:
+        return Ranks(mesh.get_group())
+    raise ValueError(
+        f"expected a model on a mesh of one dimension or of all {dist.get_world_size()} processes, "
+        f"got {mesh}"
+    )
 
 
 def _check_arguments(
@@ -223,7 +259,7 @@ def _check_arguments(
 def _prefixes(model: nn.Module, raw: str = "", clean: str = "") -> Iterator[tuple[str, str]]:
     """(prefix of its keys in the state dict, the same without wrappers) of every module."""
     yield raw, clean
-    wraps = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    wraps = isinstance(model, WRAPPERS)
     for child, module in model._modules.items():
         if module is not None:
             through = child == "_orig_mod" or (wraps and child == "module")
@@ -276,11 +312,11 @@ class _Entries:
     """The tensors of a checkpoint by name, each stored once.
 
     Args:
-        together: whether all ranks save, so that there can be DTensors.
+        sharded: whether there can be DTensors.
     """
 
-    def __init__(self, together: bool) -> None:
-        self._together = together
+    def __init__(self, *, sharded: bool) -> None:
+        self._sharded = sharded
         self._tensors: dict[str, Tensor] = {}
         self._names: dict[object, str] = {}
 
@@ -326,7 +362,7 @@ class _Entries:
     def _add(self, tensor: Tensor, place: str) -> str:
         sharded = is_sharded(tensor)
         got = None
-        if sharded and not self._together:
+        if sharded and not self._sharded:
             got = "a DTensor, while no parameter of the model is one"
         elif not sharded and type(tensor) not in (Tensor, nn.Parameter):
             got = f"a {type(tensor).__name__}"
@@ -414,7 +450,8 @@ def _check_target(path: str) -> None:
 
 def _write(path: str, header: bytes, tensors: Iterable[Tensor]) -> None:
     """Put a file in place, whole or not at all."""
-    temporary = f"{path}.saving-{os.getpid()}-{secrets.token_hex(8)}.tmp"
+    name = f"saving-{os.getpid()}-{secrets.token_hex(8)}.tmp"  # one that fits wherever path's does
+    temporary = os.path.join(os.path.dirname(path), name)
     try:
         try:
             with open(temporary, "xb") as file:
@@ -453,42 +490,6 @@ def _sync_directory(path: str) -> None:
         os.close(descriptor)
 
 
-def _save_together(path: str, plan: Callable[[], bytes], entries: _Entries) -> None:
-    """Save on all ranks: each gathers, rank 0 writes, and if one fails all raise."""
-    header, failure = b"", None
-    try:
-        header = plan()
-    except Exception as error:
-        failure = error
-    _meet(failure, entries.gathered())
-    tensors = entries.whole()
-    if dist.get_rank() == 0:
-        try:
-            _write(path, header, tensors)
-        except Exception as error:
-            failure = error
-    for _ in tensors:  # the others wait for this rank to take part, even where it cannot write
-        pass
-    _meet(failure, None)
-
-
-def _meet(failure: Exception | None, agreed: object) -> None:
-    """Wait for all ranks; raise on each of them where one has failed or does not agree."""
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, (failure and f"{type(failure).__name__}: {failure}", agreed))
-    if failure is not None:
-        raise failure
-    for rank, (failed, _) in enumerate(every):
-        if failed is not None:
-            raise RuntimeError(f"expected every rank to save, got on rank {rank}: {failed}")
-    for rank, (_, theirs) in enumerate(every):
-        if theirs != every[0][1]:
-            raise RuntimeError(
-                f"expected every rank to save the same DTensors in the same order, got others on "
-                f"rank {rank} than on rank 0"
-            )
-
-
 # Loading.
 
 
@@ -513,8 +514,8 @@ class _File:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        while not self._open():
-            pass
+        if not any(self._open() for _ in range(_OPENINGS)):
+            raise OSError(errno.EAGAIN, "cannot load: it is replaced again and again", path)
 
     def _open(self) -> bool:
         """Open and check; False where another file took the place of this one meanwhile."""

@@ -21,10 +21,22 @@ from secateur.ops._spec import FLOATS
 from secateur.ranks import Ranks
 from secateur.shards import ALONE, Split, part, split_of
 
-__all__ = ["Layer", "count", "find_layers", "named_tensors", "refuse_flattened", "walk", "wrappers"]
+__all__ = [
+    "WRAPPERS",
+    "Layer",
+    "count",
+    "find_layers",
+    "named_tensors",
+    "refuse_flattened",
+    "walk",
+    "wrappers",
+]
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+"""What holds the user's own module as ``.module``."""
+
 # Bare parameters that are embeddings: pos_embed, position_embedding, cls_token; and biases.
 _EMBEDDING = re.compile(r"(^|_)(embed|embeddings?|emb|token)$")
 _BIAS = re.compile(r"(^|_)bias(_|$)")
@@ -187,12 +199,11 @@ def refuse_flattened(model: nn.Module) -> None:
 
 def wrappers(model: nn.Module) -> Iterator[nn.Module]:
     """``model`` and what it wraps, from the outside in; the last is the user's own module."""
-    wraps = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
     inner: object = model
     while isinstance(inner, nn.Module):
         model = inner
         yield model
-        wrapped = isinstance(model, wraps)
+        wrapped = isinstance(model, WRAPPERS)
         inner = model.module if wrapped else getattr(model, "_orig_mod", None)
 
 
