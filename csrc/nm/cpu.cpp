@@ -1,7 +1,7 @@
 // N:M masks: the n best of every m neighbours. The scores of a run are made in L1 and never leave
 // it; an element is kept if fewer than n of its group are better, which is counted by comparing a
-// vector with itself, lanes exchanged: m - 1 comparisons a vector, no branch, ties by index. Bound
-// by reading the inputs once up to m = 8, above by the comparisons.
+// vector with itself, lanes exchanged: m - 1 comparisons a vector, no branch, ties by index. Up
+// to m = 4 that takes about as long as reading the inputs once; above, the comparisons bound it.
 // Groups of a power of two that fill the rows lie as the vectors want them. All others are copied
 // to slots of the next power of two; what pads them is worse than any score.
 // Compiled once per instruction set; no torch header, no static data (see cmake/op.cmake).
@@ -16,8 +16,8 @@
 namespace secateur::nm::SECATEUR_ISA {
 namespace {
 
-// Elements scored and judged at a time. A quarter of kRun: measured a tenth faster, since reading
-// and comparing overlap where they alternate often.
+// Elements scored and judged at a time. A quarter of kRun was measured faster than all of it:
+// reading and comparing overlap where they alternate often.
 constexpr int kStep = kRun / 4;
 
 // Worse than the key of any finite score.
@@ -65,13 +65,31 @@ constexpr I lower_partner() {
   }(std::make_integer_sequence<int, n>{});
 }
 
+// counts[l] - 1 where a[l] > b[l].
+template <int N, typename K>
+inline Vec<K, N> count_greater(Vec<K, N> counts, Vec<K, N> a, Vec<K, N> b) {
+#if defined(__AVX512F__)
+  // gcc 12 makes a vector of the comparison's bits first.
+  const auto x = reinterpret_cast<__m512i>(counts), minus_one = _mm512_set1_epi64(-1);
+  if constexpr (sizeof(K) == 4)
+    return reinterpret_cast<Vec<K, N>>(
+        _mm512_mask_add_epi32(x, static_cast<__mmask16>(bits_greater<N, K>(a, b)), x, minus_one));
+  else
+    return reinterpret_cast<Vec<K, N>>(
+        _mm512_mask_add_epi64(x, static_cast<__mmask8>(bits_greater<N, K>(a, b)), x, minus_one));
+#else
+  return counts + (a > b);
+#endif
+}
+
 // Which of 64 keys are among the n best of their group of P; ties go to the lower index.
 template <int P, typename T>
 inline uint64_t best(const Int<T>* keys, int64_t n) {
   constexpr int lanes = kLanes<T>;
   constexpr int span = std::min(P, lanes);
-  using I = Vec<Int<T>, lanes>;
-  const I enough = I{} - static_cast<Int<T>>(n);
+  using K = Int<T>;
+  using I = Vec<K, lanes>;
+  const I enough = I{} - static_cast<K>(n);
   uint64_t kept = 0;
   for (int i = 0; i < 64; i += lanes) {
     I key;
@@ -83,7 +101,8 @@ inline uint64_t best(const Int<T>* keys, int64_t n) {
     };
     I better{};  // minus how many
     unroll<span>([&](auto d) __attribute__((always_inline)) {
-      if constexpr (d > 0) better += exchange<d>(key) > less(lower_partner<d, I>());
+      if constexpr (d > 0)
+        better = count_greater<lanes, K>(better, exchange<d>(key), less(lower_partner<d, I>()));
     });
     if constexpr (P > lanes) {
       const int group = i / P * P;
@@ -92,11 +111,12 @@ inline uint64_t best(const Int<T>* keys, int64_t n) {
         I other;
         std::memcpy(&other, keys + j, sizeof(other));
         const I bound = j < i ? less(I{} - 1) : key;
-        unroll<lanes>([&](auto d)
-                          __attribute__((always_inline)) { better += exchange<d>(other) > bound; });
+        unroll<lanes>([&](auto d) __attribute__((always_inline)) {
+          better = count_greater<lanes, K>(better, exchange<d>(other), bound);
+        });
       }
     }
-    kept |= uint64_t{bits_greater<lanes, Int<T>>(better, enough)} << i;
+    kept |= uint64_t{bits_greater<lanes, K>(better, enough)} << i;
   }
   return kept;
 }
