@@ -25,6 +25,7 @@ mnist: $(VENV)/.package data/mnist/train-images-idx3-ubyte  ## the same on MNIST
 bench: $(VENV)/.package  ## measure kernels and training against torch, quickly; tables to build/*.csv
 	$(BIN)/python -m bench.scores --quick --csv build/scores.csv
 	$(BIN)/python -m bench.topk --quick --csv build/topk.csv
+	$(BIN)/python -m bench.nm --quick --csv build/nm.csv
 	$(BIN)/python -m bench.block_sparse --quick --csv build/block_sparse.csv
 	$(BIN)/python -m bench.training --quick --csv build/training.csv
 	$(BIN)/python -m bench.optimizers --csv build/optimizers.csv

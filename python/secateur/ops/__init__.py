@@ -7,11 +7,13 @@ import torch
 from secateur import _C
 from secateur.ops import block_sparse as _block_sparse
 from secateur.ops import mask as _mask
+from secateur.ops import nm as _nm
 from secateur.ops import score as _score
 from secateur.ops import topk as _topk
 from secateur.ops._spec import OpSpec
 from secateur.ops.block_sparse import block_sparse_linear
 from secateur.ops.mask import mask_, pack_mask, unpack_mask
+from secateur.ops.nm import nm_mask
 from secateur.ops.score import (
     FORMULAS,
     REDUCTIONS,
@@ -29,7 +31,13 @@ from secateur.ops.topk import (
     topk_mask,
 )
 
-SPECS: tuple[OpSpec, ...] = (*_mask.SPECS, *_score.SPECS, *_topk.SPECS, *_block_sparse.SPECS)
+SPECS: tuple[OpSpec, ...] = (
+    *_mask.SPECS,
+    *_score.SPECS,
+    *_topk.SPECS,
+    *_nm.SPECS,
+    *_block_sparse.SPECS,
+)
 
 __all__ = [
     "FORMULAS",
@@ -42,6 +50,7 @@ __all__ = [
     "key_range",
     "mask_",
     "narrow",
+    "nm_mask",
     "observe_",
     "pack_mask",
     "score",

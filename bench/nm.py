@@ -1,0 +1,124 @@
+"""N:M masks of |g * w| against torch: score, reshape, topk, scatter.
+
+Ours scores and marks in one go (``ops.nm_mask``); ``topk`` makes the same mask as bools. ``ranks``
+is a faster way in torch for small groups: count by comparisons how many of its group are better
+than an element. ``dot`` is ``torch.dot`` over the same weights and gradients: the time it takes to
+read them once. One thread is measured in CPU time, which neighbours disturb less. ``--quick`` takes
+under a minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import harness
+from secateur import ops
+
+Call = Callable[[], Any]
+Clock = Callable[[], float]
+
+PATTERNS = ((1, 2), (1, 4), (2, 4), (4, 8), (8, 16), (16, 32), (2, 3), (4, 7))
+
+
+def by_topk(scores: Tensor, n: int, m: int) -> Tensor:
+    best = scores.reshape(-1, m).topk(n, sorted=False).indices
+    mask = torch.zeros(len(best), m, dtype=torch.bool)
+    return mask.scatter_(1, best, True).view(scores.shape)
+
+
+def by_ranks(scores: Tensor, n: int, m: int) -> Tensor:
+    """Right where no scores of a group are equal."""
+    groups = scores.reshape(-1, m)
+    better = torch.zeros(groups.shape, dtype=torch.int8)
+    for other in groups.unbind(1):
+        better += other[:, None] > groups
+    return (better < n).view(scores.shape)
+
+
+def check(mask: Tensor, scores: Tensor, n: int, m: int) -> None:
+    """In every group the ``n`` best by a stable sort are marked."""
+    order = scores.reshape(-1, m).sort(descending=True, stable=True).indices
+    expected = torch.zeros(order.shape, dtype=torch.bool).scatter_(1, order[:, :n], True)
+    if not torch.equal(mask, expected.view(scores.shape)):
+        raise RuntimeError(f"expected the {n} best of every {m} by a stable sort, got another mask")
+
+
+def measure(calls: dict[str, Call], seconds: float, clock: Clock) -> dict[str, float]:
+    """Median time of each call in seconds; they take turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds or len(times["ours"]) < 3:
+        for name, call in calls.items():
+            before = clock()
+            call()
+            times[name].append(clock() - before)
+    return {name: statistics.median(record) for name, record in times.items()}
+
+
+def row(w: Tensor, g: Tensor, n: int, m: int, seconds: float, clock: Clock) -> dict[str, Any]:
+    def scores() -> Tensor:
+        return (w.float() * g.float()).abs()
+
+    def ours() -> Tensor:
+        return ops.nm_mask(w, g, formula="taylor", n=n, m=m)
+
+    check(ops.unpack_mask(ours(), w.shape), scores(), n, m)
+    calls: dict[str, Call] = {
+        "ours": ours,
+        "topk": lambda: by_topk(scores(), n, m),
+        "ranks": lambda: by_ranks(scores(), n, m),
+        "dot": lambda: torch.dot(w.flatten(), g.flatten()),
+    }
+    times = measure(calls, seconds, clock)
+    return {
+        "n:m": f"{n}:{m}",
+        "dtype": str(w.dtype).removeprefix("torch."),
+        "shape": f"{w.shape[0]}x{w.shape[1]}",
+        **{f"{call} ms": time * 1e3 for call, time in times.items()},
+        "GB/s": 2 * w.nbytes / times["ours"] / 1e9,
+        "x topk": times["topk"] / times["ours"],
+        "x ranks": times["ranks"] / times["ours"],
+        "of dot": times["ours"] / times["dot"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="2 M elements, short timings")
+    parser.add_argument("--size", type=int, default=4096, help="rows and, about, columns")
+    parser.add_argument("--threads", type=int, help="default: torch's")
+    parser.add_argument("--csv", type=Path, default=Path("bench/results/nm.csv"))
+    parser.add_argument("--json", type=Path, help="write environment and rows here")
+    args = parser.parse_args()
+    size, seconds = (1448, 1.0) if args.quick else (args.size, 8.0)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    one = torch.get_num_threads() == 1
+    clock, clock_name = (time.process_time, "cpu") if one else (time.perf_counter, "wall")
+
+    rows: list[dict[str, Any]] = []
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        for n, m in PATTERNS if dtype == torch.float32 else ((2, 4), (4, 8)):
+            # The peers want groups that fill the rows.
+            shape = size, size // m * m
+            w, g = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+            rows.append({"clock": clock_name, **row(w, g, n, m, seconds, clock)})
+    harness.print_table(rows)
+    harness.save_csv(rows, args.csv)
+    if args.json:
+        harness.save_json(rows, args.json)
+
+
+if __name__ == "__main__":
+    main()
