@@ -47,7 +47,7 @@ def _work(rank: int, size: int, folder: Path, work: Callable[..., None], args: A
         (folder / f"rank{rank}.txt").write_text(f"rank {rank}: {traceback.format_exc()}")
         raise
     dist.destroy_process_group()
-    # Without secateur too, one process in 60 aborts in its own end: threads of gloo outlive it.
+    # Without secateur too, a process now and then aborts in its own end: gloo's threads outlive it.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

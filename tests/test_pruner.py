@@ -1765,3 +1765,19 @@ def test_a_step_that_calls_the_step_of_its_base_class_counts_once() -> None:
     pruner = Pruner(model, optimizer, **GOOD)
     train(model, optimizer, 3)
     assert pruner.steps == 3
+
+
+def test_moments_of_mixed_precision_are_masked() -> None:
+    """One layer in float32 does not speak for one in bfloat16, whose updates underflow."""
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False).bfloat16())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-38, momentum=0.9)
+    pruner = Pruner(model, optimizer, **{**GOOD, "scope": "layer"})
+    for step in range(4):
+        for p in model.parameters():
+            p.grad = torch.rand_like(p)
+            if p.dtype == torch.float32 and step:
+                p.grad *= pruner.masks["0.weight"]  # nothing revives the layer that could tell
+            elif step:
+                p.grad *= 1e-3
+        optimizer.step()
+        check_dead_are_zero(pruner, optimizer)

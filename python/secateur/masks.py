@@ -37,7 +37,7 @@ def read_masks(source: nn.Module | Mapping[str, Tensor], layers: Sequence[Layer]
     for layer, mask, bits in zip(layers, masks, units, strict=True):
         own += [int(mask.sum()), int(not torch.equal(layer.expanded(bits), mask))]
     totals = layers[0].split.total(own, masks[0].device)
-    if all(n == layer.parameter.numel() for n, layer in zip(totals[::2], layers, strict=True)):
+    if all(n == layer.numel for n, layer in zip(totals[::2], layers, strict=True)):
         raise ValueError(
             "expected masks that prune something, got only living weights for "
             f"{[layer.name for layer in layers]}"

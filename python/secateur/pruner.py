@@ -33,7 +33,7 @@ __all__ = ["Pruner", "prune_"]
 _VERSION = 1  # of state_dict()
 _OPTIMIZER_FILE = Optimizer.step.__code__.co_filename
 _LISTED = 6  # names that an error shows
-_CHECK_EVERY = 100  # steps; at every 10th mask update, too
+_CHECK_STEPS, _CHECK_UPDATES = 100, 10  # how often check() runs by itself
 
 
 class Pruner:
@@ -217,13 +217,16 @@ class Pruner:
         """
         if not isinstance(model, (nn.Module, Mapping)):
             raise TypeError(
-                f"expected a torch.nn.Module or a mapping of names to tensors, got {model!r}"
+                "expected a torch.nn.Module or a mapping of names to tensors, got "
+                f"{type(model).__name__}"
             )
         tensors = named_tensors(model) if isinstance(model, nn.Module) else model
         for layer in self.layers:
             found = tensors.get(layer.name)
             if not isinstance(found, Tensor) or part(found).shape != layer.own.shape:
                 got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+                if got == tuple(layer.shape):
+                    got = "one that is sharded otherwise"
                 raise ValueError(
                     f"expected {layer.name!r} of shape {tuple(layer.shape)}, got {got} in a model "
                     f"of {', '.join(sorted(tensors)[:_LISTED])}, ...: if it wraps the model, pass "
@@ -260,7 +263,9 @@ class Pruner:
 
     @torch.no_grad()
     def check(self) -> None:
-        """Raise unless all that a pruner relies on holds. Runs by itself every 100 steps.
+        """Raise unless all that a pruner relies on holds.
+
+        Runs by itself every 100 steps and at every 10th mask update.
 
         Raises:
             ValueError: a pruned parameter was replaced in the model or is in no optimizer any more,
@@ -354,10 +359,12 @@ class Pruner:
             if type(saved[key]) is not int or saved[key] < 0:
                 raise ValueError(f"expected {key} to be a whole number, got {saved[key]!r}")
         turns = saved["turns"]
-        if not isinstance(turns, list) or len(turns) != len(self._turns):
+        if not isinstance(turns, list) or [type(over) for over in turns] != [bool] * len(
+            self._turns
+        ):
             raise ValueError(
-                f"expected the state of {len(self._turns)} optimizers that train what is pruned, "
-                f"got {turns!r}"
+                f"expected one bool for each of {len(self._turns)} optimizers that train what is "
+                f"pruned, got {turns!r}"
             )
         state.expect_keys("layers", saved["layers"], {layer.name for layer in self.layers})
         state.check_rng(saved["rng"])
@@ -500,8 +507,13 @@ class Pruner:
             raise TypeError(
                 f"expected {self.schedule!r} to ask for a Target or None, got {target!r}"
             )
-        if last and self.steps % _CHECK_EVERY == _CHECK_EVERY - 1:
+        if last and (
+            self.steps % _CHECK_STEPS == _CHECK_STEPS - 1
+            or (target is not None and self._mask_updates % _CHECK_UPDATES == 0)
+        ):
             self.check()
+        elif last and target is not None:
+            self._expect_parameters()
         accumulation = self.criterion.accumulation if self._expects_more() else None
         if target is None and accumulation is None:
             return
@@ -590,10 +602,6 @@ class Pruner:
             )
 
     def _prune(self, target: Target, inputs: Inputs) -> None:
-        if self._mask_updates % 10 == 0:
-            self.check()
-        else:
-            self._expect_parameters()
         choice = self.split.copies.attempt(
             "choose its masks",
             lambda: choose(
@@ -688,7 +696,7 @@ class Pruner:
             return
         spared = (
             turn.moments_untouched
-            and surgery.keeps_zeros(optimizer, turn.layers[0].trained)
+            and all(surgery.keeps_zeros(optimizer, layer.trained) for layer in dead)
             and not revived.any()
         )
         if not spared:

@@ -101,7 +101,7 @@ def unit_scores(
 
 
 def _formula(criterion: Criterion, layer: Layer) -> str:
-    """ "given" where the kernel cannot know what it scores."""
+    """The formula of the kernel: that of "given" scores where it cannot know the whole index."""
     sharded = layer.split.shards.size > 1
     return "given" if criterion.formula == "random" and sharded else criterion.formula
 

@@ -64,6 +64,7 @@ class Split:
         return min(rows, self.shards.rank * self.rows_each(rows))
 
     def rows_each(self, rows: int) -> int:
+        """How many of ``rows`` rows each process holds, as long as there are any left."""
         return -(-rows // self.shards.size)
 
     def cut(self, t: Tensor, like: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ def save_rng(split: Split, device: torch.device) -> dict[str, dict[str, Tensor]]
     for kind, own in kinds.items():
         states = _together(split, own.to(device))
         for rank, state in zip(saved, states, strict=True):
-            saved[rank][kind] = state.cpu().clone()
+            saved[rank][kind] = state.cpu().clone()  # of its own, not a view of all of them
     return saved
 
 
@@ -167,9 +167,10 @@ def load_rng(saved: Mapping[str, Mapping[str, Tensor]], device: torch.device) ->
         first = next(iter(saved.values()))["cpu"]
         torch.manual_seed(int(fingerprint(first.cpu())) + _rank())
         return
-    torch.set_rng_state(own["cpu"].cpu().clone())  # torch crashes on a view into something larger
+    # Clones: torch crashes on a view into something larger.
+    torch.set_rng_state(own["cpu"].cpu().clone())
     if device.type in own and device.type != "cpu":
-        torch.get_device_module(device).set_rng_state(own[device.type].cpu())
+        torch.get_device_module(device).set_rng_state(own[device.type].cpu().clone())
 
 
 def _rank() -> int:
