@@ -1,5 +1,5 @@
 // secateur._C: importing it registers torch.ops.secateur.*. What it exposes itself is what is not
-// a tensor op: the choice of instruction set and build information.
+// a tensor op (the choice of instruction set, build information), and mask_memory_.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "common/isa.h"
+#include "mask/mask.h"
 
 namespace {
 
@@ -63,6 +64,15 @@ std::string isa() {
   return "BASE";
 }
 
+// mask_ of one contiguous tensor, for the caller that cannot afford the dispatcher.
+bool mask_memory(uintptr_t data, int64_t itemsize, int64_t numel, uintptr_t bits) {
+  using secateur::Dtype;
+  const Dtype dtype = itemsize == 2 ? Dtype::Half : itemsize == 4 ? Dtype::Float : Dtype::Double;
+  const secateur::View view{reinterpret_cast<void*>(data), dtype, 1, {numel}, {1}};
+  return numel > 0 &&
+         secateur::mask::apply_all(view, numel, reinterpret_cast<const uint8_t*>(bits));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -70,6 +80,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("supported_isas", &supported, "Instruction sets of this build that this CPU can run.");
   m.def("isa", &isa, "The instruction set whose kernels run now.");
   m.def("set_isa", &set_isa, pybind11::arg("name"), "Choose the instruction set of the kernels.");
+  m.def("mask_memory_", &mask_memory, pybind11::call_guard<pybind11::gil_scoped_release>(),
+        "mask_ of numel contiguous elements at an address, by the bits at another; unchecked.");
   m.def(
       "build_info",
       [] {

@@ -20,17 +20,27 @@ inline uint8_t gather_bits(uint64_t bools) {
 constexpr int kGroup = 64;
 constexpr int kStep = 16;
 
-// Ones where the bit in `alive` is set.
+// `v` where the bit in `alive` is set, zero elsewhere.
 template <typename T>
-inline Vec<T, kStep> keep(uint16_t alive) {
+inline Vec<T, kStep> kept(Vec<T, kStep> v, uint16_t alive) {
   using V = Vec<T, kStep>;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64)
+    return reinterpret_cast<V>(_mm512_maskz_mov_epi32(alive, reinterpret_cast<__m512i>(v)));
+#endif
   constexpr V bit = {1 << 0, 1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
                      1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
-  return reinterpret_cast<V>(((V{} + T{alive}) & bit) == bit);
+  return v & reinterpret_cast<V>(((V{} + T{alive}) & bit) == bit);
 }
 
 template <typename V>
 inline bool any(V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) {
+    const auto x = reinterpret_cast<__m512i>(v);
+    return _mm512_test_epi32_mask(x, x) != 0;
+  }
+#endif
   uint64_t words[sizeof(V) / sizeof(uint64_t)], all = 0;
   std::memcpy(words, &v, sizeof(v));
   for (const uint64_t word : words) all |= word;
@@ -45,12 +55,13 @@ inline bool apply_group(T* p, uint64_t alive) {
   V v[n], revived{};
   for (int i = 0; i < n; ++i) {
     std::memcpy(&v[i], p + i * kStep, sizeof(V));
-    const V kept = v[i] & keep<T>(static_cast<uint16_t>(alive >> i * kStep));
-    revived |= v[i] ^ kept;
-    v[i] = kept;
+    revived |= kept<T>(v[i], static_cast<uint16_t>(~alive >> i * kStep));
   }
   if (!any(revived)) return false;
-  std::memcpy(p, v, sizeof(v));
+  for (int i = 0; i < n; ++i) {
+    const V rest = kept<T>(v[i], static_cast<uint16_t>(alive >> i * kStep));
+    std::memcpy(p + i * kStep, &rest, sizeof(V));
+  }
   return true;
 }
 

@@ -15,4 +15,7 @@ using Apply = bool(const View& tensor, int64_t numel, const uint8_t* bits, int64
 
 SECATEUR_PER_ISA(Pack pack; Unpack unpack; Apply apply)
 
+// apply on all of a tensor, on torch's threads.
+bool apply_all(const View& tensor, int64_t numel, const uint8_t* bits);
+
 }  // namespace secateur::mask

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "common/torch.h"
@@ -85,6 +86,15 @@ Tensor apply_cpu(std::vector<Tensor> tensors, std::vector<Tensor> bits) {
 }
 
 }  // namespace
+
+bool apply_all(const View& tensor, int64_t numel, const uint8_t* bits) {
+  Apply* run = SECATEUR_FOR_ISA(apply);
+  std::atomic<bool> revived{false};
+  torch::stable::parallel_for(0, byte_count(numel), kGrainBytes, [&](int64_t begin, int64_t end) {
+    if (run(tensor, numel, bits, begin, end)) revived.store(true, std::memory_order_relaxed);
+  });
+  return revived;
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(secateur, m) {
   m.def("pack_mask(Tensor mask) -> Tensor");

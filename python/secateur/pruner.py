@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import isfinite
 from types import FrameType
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from secateur.criteria import Criterion
 from secateur.granularity import Granularity
 from secateur.layers import Layer, count, find_layers, named_tensors, wrappers
 from secateur.masks import read_masks
-from secateur.ops.mask import mask_unchecked_
+from secateur.ops.mask import mask_fresh_, mask_unchecked_
 from secateur.plan import plan
 from secateur.ranks import Ranks
 from secateur.schedules import Schedule, Target
@@ -578,7 +579,7 @@ class Pruner:
         measurements = [measured(self.criterion, layer, inputs) for layer in mine]
         # One NaN would stay in the running score for ever; it reaches every gradient it touches.
         bad = [
-            int(observed.numel() > 0 and not all(x.isfinite() for x in observed.aminmax()))
+            int(observed.numel() > 0 and not all(isfinite(x.item()) for x in observed.aminmax()))
             for observed in (weight if grad is None else grad for weight, grad in measurements)
         ]
         for layer, somewhere in zip(mine, self.split.total(bad, mine[0].own.device), strict=True):
@@ -696,7 +697,7 @@ class Pruner:
             return
         spared = (
             turn.moments_untouched
-            and all(surgery.keeps_zeros(optimizer, layer.trained) for layer in dead)
+            and surgery.keeps_zeros(optimizer, [layer.trained for layer in dead])
             and not revived.any()
         )
         if not spared:
@@ -777,7 +778,8 @@ class _GradientHook:
         if layer.bits.device != grad.device:
             layer.follow()
         # autograd has made it: it is of the shape and dtype of the parameter.
-        mask_unchecked_([part(_dense(layer, grad))], [layer.bits])
+        dense = _dense(layer, grad)
+        mask_fresh_(part(dense) if is_sharded(dense) else dense, layer.bits)
 
 
 def _dense(layer: Layer, grad: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def versions(optimizer: Optimizer, parameters: Iterable[Tensor]) -> list[tuple[i
     ]
 
 
-def keeps_zeros(optimizer: Optimizer, parameter: Tensor) -> bool:
+def keeps_zeros(optimizer: Optimizer, parameters: Iterable[Tensor]) -> bool:
     """Whether weights and moments stay zero where they and the gradient are, and only there.
 
     So that weights which are zero after an update tell that moments are. A subclass, like any
@@ -84,9 +84,8 @@ def keeps_zeros(optimizer: Optimizer, parameter: Tensor) -> bool:
     """
     return (
         type(optimizer) in _KEEPS_ZEROS
-        and parameter.device.type == "cpu"
-        and parameter.dtype in (torch.float32, torch.float64)
         and all(group["lr"] != 0 for group in optimizer.param_groups)
+        and all(p.is_cpu and p.dtype in (torch.float32, torch.float64) for p in parameters)
     )
 
 
