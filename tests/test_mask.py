@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from secateur import ops
+from secateur.ops.mask import mask_fresh_
 
 
 def test_layout_is_numpys_little_endian_packing() -> None:
@@ -80,3 +81,22 @@ def test_what_was_not_zero_is_reported() -> None:
         False,
         True,
     ]
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "empty"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_fresh_gradients_are_masked_alike(dtype: torch.dtype, layout: str, graph: bool) -> None:
+    grad = torch.randn(0 if layout == "empty" else 301, 520).to(dtype)
+    grad = {"transposed": grad.t(), "sliced": grad[:, 1:]}.get(layout, grad)
+    grad[:1, :3] = torch.tensor([float("nan"), -0.0, float("inf")])
+    grad.requires_grad_(graph)
+    bits = ops.pack_mask(torch.rand(grad.shape) < 0.5)
+    expected = grad.detach().clone()
+    ops.mask_([expected], [bits])
+    before = grad._version
+    mask_fresh_(grad, bits)
+    assert torch.equal(grad.detach().nan_to_num(7), expected.nan_to_num(7))
+    assert not grad.detach()[~ops.unpack_mask(bits, grad.shape)].signbit().any()
+    if graph:  # what saved it must see that it changed
+        assert grad._version > before

@@ -1781,20 +1781,3 @@ def test_moments_of_mixed_precision_are_masked() -> None:
                 p.grad *= 1e-3
         optimizer.step()
         check_dead_are_zero(pruner, optimizer)
-
-
-@pytest.mark.filterwarnings("ignore:Using backward:UserWarning")
-def test_a_graph_through_gradients_sees_that_they_are_masked() -> None:
-    model = nn.Linear(8, 8, bias=False)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    pruner = Pruner(model, optimizer, **GOOD)
-    model(torch.randn(4, 8)).square().sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    model(torch.randn(4, 8)).square().sum().backward(create_graph=True)
-    grad = model.weight.grad
-    assert grad is not None
-    assert grad.requires_grad
-    assert grad._version > 0
-    assert torch.all(grad[~pruner.masks["weight"]] == 0)
-    model.weight.grad = None  # it holds the graph, which holds the weight
