@@ -775,11 +775,10 @@ class _GradientHook:
         layer, grad = self._layer, parameter.grad
         if grad is None or layer.alive == layer.numel:
             return
-        if layer.bits.device != grad.device:
-            layer.follow()
         # autograd has made it: it is of the shape and dtype of the parameter.
-        dense = _dense(layer, grad)
-        mask_fresh_(part(dense) if is_sharded(dense) else dense, layer.bits)
+        if not mask_fresh_(grad, layer.bits):
+            layer.follow()
+            mask_unchecked_([part(_dense(layer, grad))], [layer.bits])
 
 
 def _dense(layer: Layer, grad: Tensor) -> Tensor:
