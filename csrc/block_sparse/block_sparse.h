@@ -36,7 +36,8 @@ struct Plan {
   Layout dy = Layout::InPlace;
   bool transpose_values = false;  // each block, in values_space
   bool reorder_values = false;    // blocks in column order, in values_space
-  int64_t panel;  // rows of the batch that a task takes; lanes of Layout::Transposed
+  bool pairs = false;  // bfloat16 is multiplied in pairs along the inner dimension, not widened
+  int64_t panel;       // rows of the batch that a task takes; lanes of Layout::Transposed
   int64_t x_bytes = 0, dy_bytes = 0, values_bytes = 0;  // workspaces; 0: none
   Stage pack_x, pack_dy, pack_values, run;
 };

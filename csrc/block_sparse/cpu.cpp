@@ -47,16 +47,19 @@ struct Tile {
 using One = std::integral_constant<int64_t, 1>;
 using FewLanes = std::integral_constant<int64_t, kFewLanes>;
 
-// a(i, l) = a[i * line + l * step]; strides are int64_t or compile-time constants.
-template <typename C, int R, int NV, int W, typename B, typename Line, typename Step>
-SECATEUR_INLINE inline void multiply_add(Tile<C, R, NV, W>& tile, const C* a, Line line, Step step,
+// a(i, l) = a[i * line + l * step]; strides are int64_t or compile-time constants. E is what is
+// multiplied: C, or uint32_t for pairs along the inner dimension.
+template <typename C, int R, int NV, int W, typename E, typename B, typename Line, typename Step>
+SECATEUR_INLINE inline void multiply_add(Tile<C, R, NV, W>& tile, const E* a, Line line, Step step,
                                          const B* b, int64_t b_step, int64_t inner) {
   for (int64_t l = 0; l < inner; ++l) {
-    Vec<C, W> right[NV];
+    Vec<E, W> right[NV];
     unroll<NV>([&](auto v) SECATEUR_INLINE { right[v] = load<W>(b + v * W); });
     unroll<R>([&](auto i) SECATEUR_INLINE {
-      const Vec<C, W> left = broadcast<Vec<C, W>>(a[i * line]);
-      unroll<NV>([&](auto v) SECATEUR_INLINE { tile.acc[i][v] += left * right[v]; });
+      const Vec<E, W> left = broadcast<Vec<E, W>>(a[i * line]);
+      unroll<NV>([&](auto v) SECATEUR_INLINE {
+        tile.acc[i][v] = secateur::multiply_add<C, W, E>(tile.acc[i][v], left, right[v]);
+      });
     });
     a += step;
     b += b_step;
@@ -98,6 +101,13 @@ Side side_of(const Args& g) {
             g.block_cols,  g.cols,        g.rows,
             g.in_features, g.out_features};
   return {g.row_ptr, g.col, nullptr, g.block_rows, g.rows, g.cols, g.out_features, g.in_features};
+}
+
+// The same counted in pairs along the inner dimension.
+Side paired(Side s) {
+  s.inner_width /= 2;
+  s.inner_features /= 2;
+  return s;
 }
 
 // Parallel items are panels x (live blocks + one for each group of lines), so that equal ranges are
@@ -155,6 +165,36 @@ void pack_panels(const T* from, int64_t stride, int64_t batch, int64_t features,
   }
 }
 
+// Pairs of a row and the next, or of a row and zeros.
+inline void pair_rows(const BFloat16* first, const BFloat16* second, uint32_t* to, int64_t count) {
+  constexpr int W = kLanes<float>;
+  int64_t i = 0;
+  for (; i + W <= count; i += W) {
+    Vec<uint16_t, W> low, high{};
+    std::memcpy(&low, first + i, sizeof(low));
+    if (second) std::memcpy(&high, second + i, sizeof(high));
+    const auto wide = __builtin_convertvector(high, Vec<uint32_t, W>) << 16;
+    store<W>(to + i, wide | __builtin_convertvector(low, Vec<uint32_t, W>));
+  }
+  for (; i < count; ++i)
+    to[i] = uint32_t{first[i].bits} | (second ? uint32_t{second[i].bits} << 16 : 0u);
+}
+
+// Rows 2 * [begin, end) of the batch to Layout::Panels, in pairs of rows.
+void pack_paired_panels(const BFloat16* from, int64_t stride, int64_t batch, int64_t features,
+                        int64_t block, uint32_t* to, int64_t begin, int64_t end) {
+  const int64_t pairs = ceil_div(batch, 2);
+  for (int64_t f = 0; f < features; f += block) {
+    const int64_t count = std::min(block, features - f);
+    uint32_t* const panel = to + f * pairs;
+    for (int64_t m = begin; m < end; ++m) {
+      const BFloat16* const row = from + 2 * m * stride + f;
+      pair_rows(row, 2 * m + 1 < batch ? row + stride : nullptr, panel + m * block, count);
+      std::fill_n(panel + m * block + count, block - count, 0u);
+    }
+  }
+}
+
 // Layout::Transposed; an item is kFeatureChunk features of one panel.
 template <typename T>
 void pack_transposed(const T* from, int64_t stride, int64_t batch, int64_t features, int64_t lanes,
@@ -187,10 +227,10 @@ void pack_transposed(const T* from, int64_t stride, int64_t batch, int64_t featu
 
 // ---------------------------------------------------------------- Features
 
-template <typename T, int R, int NV, typename B, typename Line, typename Step>
-SECATEUR_INLINE inline void feature_tile(const Side& s, int64_t line, const Compute<T>* a,
-                                         Line a_line, Step a_step, const B* blocks, int64_t j,
-                                         const T* bias, T* out) {
+template <typename T, int R, int NV, typename E, typename B, typename Line, typename Step>
+SECATEUR_INLINE inline void feature_tile(const Side& s, int64_t line, const E* a, Line a_line,
+                                         Step a_step, const B* blocks, int64_t j, const T* bias,
+                                         T* out) {
   using C = Compute<T>;
   constexpr int W = kLanes<C>;
   Tile<C, R, NV, W> tile = {};
@@ -224,16 +264,15 @@ SECATEUR_INLINE inline void feature_tile(const Side& s, int64_t line, const Comp
 }
 
 // Rows [m, end) of the batch in tiles of R, then of R / 2, ...
-template <typename T, int R, int NV, bool kTransposed, typename B>
+template <typename T, int R, int NV, bool kTransposed, typename E, typename B>
 inline void feature_rows(const Args& g, const Side& s, int64_t line, int64_t j, const B* blocks,
-                         const Compute<T>* a, int64_t stride, int64_t m, int64_t end) {
+                         const E* a, int64_t stride, int64_t m, int64_t end) {
   T* const out = static_cast<T*>(g.out);
   const T* const bias = static_cast<const T*>(g.bias);
   for (; m + R <= end; m += R) {
     T* const row = out + m * s.out_features;
     if constexpr (kTransposed) {
-      const Compute<T>* const left =
-          a + m / kFewLanes * s.inner_features * kFewLanes + m % kFewLanes;
+      const E* const left = a + m / kFewLanes * s.inner_features * kFewLanes + m % kFewLanes;
       feature_tile<T, R, NV>(s, line, left, One{}, FewLanes{}, blocks, j, bias, row);
     } else {
       feature_tile<T, R, NV>(s, line, a + m * stride, stride, One{}, blocks, j, bias, row);
@@ -243,11 +282,11 @@ inline void feature_rows(const Args& g, const Side& s, int64_t line, int64_t j, 
     if (m < end) feature_rows<T, R / 2, NV, kTransposed>(g, s, line, j, blocks, a, stride, m, end);
 }
 
-template <typename T, bool kTransposed, typename B>
-void run_features(const Args& g, const B* blocks, const Compute<T>* a, int64_t stride,
-                  int64_t begin, int64_t end) {
+template <typename T, bool kTransposed, typename E, typename B>
+void run_features(const Args& g, const B* blocks, const E* a, int64_t stride, int64_t begin,
+                  int64_t end) {
   constexpr int W = kLanes<Compute<T>>;
-  const Side s = side_of(g);
+  const Side s = g.plan.pairs ? paired(side_of(g)) : side_of(g);
   for_groups(s.ptr, s.lines, 1, begin, end, [&](int64_t panel, int64_t line) {
     const int64_t m = panel * kFeatureRows, m_end = std::min(m + kFeatureRows, g.batch);
     const int64_t width = std::min(s.line_width, s.out_features - line * s.line_width);
@@ -451,24 +490,24 @@ void run_batch(const Args& g, int64_t begin, int64_t end) {
 // ---------------------------------------------------------------- dW
 
 // A matrix in Layout::Panels, or in place where its features are whole blocks.
-template <typename C>
+template <typename E>
 struct Panels {
-  const C* base;
+  const E* base;
   int64_t panel_stride, row_stride;
 };
 
-template <typename C>
-Panels<C> panels_of(Layout layout, const void* data, int64_t stride, const void* space,
+template <typename E>
+Panels<E> panels_of(Layout layout, const void* data, int64_t stride, const void* space,
                     int64_t block, int64_t batch) {
-  if (layout == Layout::InPlace) return {static_cast<const C*>(data), block, stride};
-  return {static_cast<const C*>(space), block * batch, block};
+  if (layout == Layout::InPlace) return {static_cast<const E*>(data), block, stride};
+  return {static_cast<const E*>(space), block * batch, block};
 }
 
 constexpr int64_t kPart = 64;  // rows and columns of a block that are accumulated at a time
 
 // part[i..][j..] += dy^T x over `depth` rows of the batch, in tiles of R, then R / 2, ... rows.
-template <typename C, int W, int R, int NV>
-inline void outer_rows(const C* dy, int64_t dy_stride, const C* x, int64_t x_stride, int64_t depth,
+template <typename C, int W, int R, int NV, typename E>
+inline void outer_rows(const E* dy, int64_t dy_stride, const E* x, int64_t x_stride, int64_t depth,
                        C* part, int64_t i, int64_t rows) {
   for (; i + R <= rows; i += R) {
     Tile<C, R, NV, W> tile;
@@ -485,8 +524,8 @@ inline void outer_rows(const C* dy, int64_t dy_stride, const C* x, int64_t x_str
     if (i < rows) outer_rows<C, W, R / 2, NV>(dy, dy_stride, x, x_stride, depth, part, i, rows);
 }
 
-template <typename C, int W>
-void outer_part(const C* dy, int64_t dy_stride, const C* x, int64_t x_stride, int64_t depth,
+template <typename C, int W, typename E>
+void outer_part(const E* dy, int64_t dy_stride, const E* x, int64_t x_stride, int64_t depth,
                 C* part, int64_t rows, int64_t cols) {
   for_vectors<W>(cols, cols, [&](auto nv, int64_t j) {
     constexpr int NV = decltype(nv)::value;
@@ -496,11 +535,12 @@ void outer_part(const C* dy, int64_t dy_stride, const C* x, int64_t x_stride, in
 }
 
 // Blocks [begin, end); W divides cols.
-template <typename T, int W>
+template <typename T, int W, typename E>
 void run_outer(const Args& g, int64_t begin, int64_t end) {
   using C = Compute<T>;
-  const auto dy = panels_of<C>(g.plan.dy, g.dy, g.dy_stride, g.dy_space, g.rows, g.batch);
-  const auto x = panels_of<C>(g.plan.x, g.x, g.x_stride, g.x_space, g.cols, g.batch);
+  const int64_t batch = g.plan.pairs ? ceil_div(g.batch, 2) : g.batch;
+  const auto dy = panels_of<E>(g.plan.dy, g.dy, g.dy_stride, g.dy_space, g.rows, batch);
+  const auto x = panels_of<E>(g.plan.x, g.x, g.x_stride, g.x_space, g.cols, batch);
   // Rows of the batch whose share of both panels stays in L1 while the tiles of a part pass over
   // it.
   const int64_t depth = 8192 / (std::min(g.rows, kPart) + std::min(g.cols, kPart));
@@ -513,11 +553,11 @@ void run_outer(const Args& g, int64_t begin, int64_t end) {
       for (int64_t j0 = 0; j0 < g.cols; j0 += kPart) {
         const int64_t rows = std::min(kPart, g.rows - i0), cols = std::min(kPart, g.cols - j0);
         std::fill_n(part, rows * kPart, C{0});
-        for (int64_t m = 0; m < g.batch; m += depth)
+        for (int64_t m = 0; m < batch; m += depth)
           outer_part<C, W>(dy.base + g.row_of[p] * dy.panel_stride + m * dy.row_stride + i0,
                            dy.row_stride,
                            x.base + g.col[p] * x.panel_stride + m * x.row_stride + j0, x.row_stride,
-                           std::min(depth, g.batch - m), part, rows, cols);
+                           std::min(depth, batch - m), part, rows, cols);
         for (int64_t i = 0; i < rows; ++i) {
           T* const to = out + (i0 + i) * g.cols + j0;
           const int64_t live =
@@ -674,17 +714,32 @@ Plan plan_for(const Args& g) {
   const int64_t values_bytes = g.n_blocks * block_size * kBytes;
   const bool few = g.batch < kFewRows;
   Plan plan{};
+  // Pairs along features take two neighbours in memory, pairs along the batch any two rows.
+  const auto even = [](const void* data, int64_t features, int64_t stride) {
+    return reinterpret_cast<uintptr_t>(data) % 4 == 0 && features % 2 == 0 && stride % 2 == 0;
+  };
+  plan.pairs = kHasPairs && std::is_same_v<T, BFloat16> && !few && g.rows % W == 0 &&
+               g.cols % W == 0 &&
+               (g.product == Product::WeightGradient ||
+                (g.product == Product::Forward ? even(g.x, g.in_features, g.x_stride)
+                                               : even(g.dy, g.out_features, g.dy_stride)));
+  // Of what is packed: a pair is as large as a float.
+  const int64_t batch =
+      plan.pairs && g.product == Product::WeightGradient ? ceil_div(g.batch, 2) : g.batch;
+  const auto packed_features = [&](int64_t features) {
+    return plan.pairs && g.product != Product::WeightGradient ? features / 2 : features;
+  };
 
   // One place for the space and the stage that a layout needs.
   const auto lay_out = [&](Layout layout, int64_t features, int64_t block, Layout& where,
                            int64_t& bytes, Stage& stage) {
     where = layout;
     if (layout == Layout::Panels) {
-      bytes = ceil_div(features, block) * block * g.batch * kBytes;
-      stage = panels_stage(g.batch, features);
+      bytes = ceil_div(features, block) * block * batch * kBytes;
+      stage = panels_stage(batch, features);
     } else if (layout == Layout::Transposed) {
-      bytes = ceil_div(g.batch, plan.panel) * plan.panel * features * kBytes;
-      stage = transposed_stage(g.batch, features, plan.panel);
+      bytes = ceil_div(batch, plan.panel) * plan.panel * packed_features(features) * kBytes;
+      stage = transposed_stage(batch, packed_features(features), plan.panel);
     }
   };
   const auto lay_out_x = [&](Layout layout) {
@@ -741,10 +796,11 @@ Plan plan_for(const Args& g) {
     plan.method = Method::Features;
     plan.panel = kFewLanes;
     // Tiles one vector wide read many rows at once, too many to follow where they lie.
-    const bool in_place = !kNarrow && (few || s.line_width >= 2 * W);
+    const bool in_place = (!kNarrow || plan.pairs) && (few || s.line_width >= 2 * W);
     lay_out_left(in_place ? Layout::InPlace : Layout::Transposed);
     plan.transpose_values = forward;
     if (forward || (kNarrow && !few)) copy_values();
+    if (plan.pairs) plan.values_bytes /= 2;
     plan.run = group_stage(s.ptr, s.lines, 1, ceil_div(g.batch, kFeatureRows),
                            block_size * std::min(g.batch, kFeatureRows));
   }
@@ -754,12 +810,52 @@ Plan plan_for(const Args& g) {
 template <typename T>
 void pack_matrix(const Args& g, Layout layout, const void* data, int64_t stride, int64_t features,
                  int64_t block, void* space, int64_t begin, int64_t end) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (g.plan.pairs) {
+      auto* const to = static_cast<uint32_t*>(space);
+      if (layout == Layout::Panels)
+        pack_paired_panels(static_cast<const T*>(data), stride, g.batch, features, block, to, begin,
+                           end);
+      else
+        pack_transposed(static_cast<const uint32_t*>(data), stride / 2, g.batch, features / 2,
+                        g.plan.panel, to, begin, end);
+      return;
+    }
+  }
   const auto* const from = static_cast<const T*>(data);
   auto* const to = static_cast<Compute<T>*>(space);
   if (layout == Layout::Panels)
     pack_panels<T>(from, stride, g.batch, features, block, to, begin, end);
   else
     pack_transposed<T>(from, stride, g.batch, features, g.plan.panel, to, begin, end);
+}
+
+// Blocks (rows, cols) of E to (cols, rows).
+template <typename E>
+void transpose_blocks(const E* from, int64_t rows, int64_t cols, Compute<E>* to, int64_t begin,
+                      int64_t end) {
+  using C = Compute<E>;
+  constexpr int W = kLanes<C>;
+  for (int64_t p = begin; p < end; ++p) {
+    const E* const block = from + p * rows * cols;
+    C* const out = to + p * rows * cols;
+    for (int64_t i = 0; i < rows; i += W) {
+      for (int64_t j = 0; j < cols; j += W) {
+        Vec<C, W> v[W];
+        if (j + W <= cols)
+          unroll<W>([&](auto k) SECATEUR_INLINE { v[k] = load<W>(block + (i + k) * cols + j); });
+        else
+          unroll<W>([&](auto k) SECATEUR_INLINE {
+            v[k] = load_first<W>(block + (i + k) * cols + j, cols - j);
+          });
+        transpose<C, W>(v);
+        const auto put = [&](auto k) SECATEUR_INLINE {
+          if (j + k < cols) store<W>(out + (j + k) * rows + i, v[k]);
+        };
+        unroll<W>(put);
+      }
+    }
+  }
 }
 
 template <typename T>
@@ -774,20 +870,19 @@ void pack_blocks(const Args& g, int64_t begin, int64_t end) {
       for (int64_t e = 0; e < size; ++e) to[q * size + e] = widen(from[g.position_t[q] * size + e]);
     return;
   }
-  if (!g.plan.transpose_values)
-    return widen_range(from + begin * size, to + begin * size, (end - begin) * size);
-  for (int64_t p = begin; p < end; ++p) {
-    for (int64_t i = 0; i < g.rows; i += W) {
-      for (int64_t j = 0; j < g.cols; j += W) {
-        Vec<C, W> v[W];
-        unroll<W>([&](auto k)
-                      SECATEUR_INLINE { v[k] = load<W>(from + p * size + (i + k) * g.cols + j); });
-        transpose<C, W>(v);
-        unroll<W>([&](auto k)
-                      SECATEUR_INLINE { store<W>(to + p * size + (j + k) * g.rows + i, v[k]); });
-      }
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (g.plan.pairs) {
+      auto* const pairs = static_cast<uint32_t*>(g.values_space);
+      if (g.plan.transpose_values)
+        return transpose_blocks(static_cast<const uint32_t*>(g.values), g.rows, g.cols / 2, pairs,
+                                begin, end);
+      for (int64_t i = begin * g.rows; i < end * g.rows; i += 2)
+        pair_rows(from + i * g.cols, from + (i + 1) * g.cols, pairs + i / 2 * g.cols, g.cols);
+      return;
     }
   }
+  if (g.plan.transpose_values) return transpose_blocks(from, g.rows, g.cols, to, begin, end);
+  widen_range(from + begin * size, to + begin * size, (end - begin) * size);
 }
 
 template <typename T>
@@ -799,19 +894,29 @@ void run_for(const Args& g, int64_t begin, int64_t end) {
   }
   if (g.plan.method == Method::Dots) return run_dots<T>(g, begin, end);
   if (g.product == Product::WeightGradient) {
-    if (g.cols % kLanes<C> == 0) return run_outer<T, kLanes<C>>(g, begin, end);
-    return run_outer<T, kHalfLanes<C>>(g, begin, end);
+    if constexpr (kHasPairs && std::is_same_v<T, BFloat16>)
+      if (g.plan.pairs) return run_outer<T, kLanes<C>, uint32_t>(g, begin, end);
+    if (g.cols % kLanes<C> == 0) return run_outer<T, kLanes<C>, C>(g, begin, end);
+    return run_outer<T, kHalfLanes<C>, C>(g, begin, end);
   }
   const bool forward = g.product == Product::Forward;
   const bool in_place = (forward ? g.plan.x : g.plan.dy) == Layout::InPlace;
-  const auto* const a = static_cast<const C*>(forward ? (in_place ? g.x : g.x_space)
-                                                      : (in_place ? g.dy : g.dy_space));
+  const void* const a = forward ? (in_place ? g.x : g.x_space) : (in_place ? g.dy : g.dy_space);
   const int64_t stride = forward ? g.x_stride : g.dy_stride;
+  if constexpr (kHasPairs && std::is_same_v<T, BFloat16>) {
+    if (g.plan.pairs) {
+      const auto* const blocks = static_cast<const uint32_t*>(g.values_space);
+      const auto* const left = static_cast<const uint32_t*>(a);
+      if (in_place) return run_features<T, false>(g, blocks, left, stride / 2, begin, end);
+      return run_features<T, true>(g, blocks, left, 0, begin, end);
+    }
+  }
+  const auto* const left = static_cast<const C*>(a);
   const auto run = [&](const auto* blocks) {
     if (in_place)
-      run_features<T, false>(g, blocks, a, stride, begin, end);
+      run_features<T, false>(g, blocks, left, stride, begin, end);
     else
-      run_features<T, true>(g, blocks, a, 0, begin, end);
+      run_features<T, true>(g, blocks, left, 0, begin, end);
   };
   if (g.values_space)
     run(static_cast<const C*>(g.values_space));

@@ -23,6 +23,10 @@ template <>
 struct ComputeType<double> {
   using type = double;
 };
+template <>
+struct ComputeType<uint32_t> {  // two neighbouring bfloat16 that a kernel multiplies as one
+  using type = uint32_t;
+};
 template <typename T>
 using Compute = typename ComputeType<T>::type;
 

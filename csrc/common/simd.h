@@ -137,6 +137,29 @@ inline V broadcast(T x) {
   return x - V{};  // exact, and free; x + 0 would be an addition that turns -0 into +0
 }
 
+// acc + left * right. Lanes of uint32_t are pairs of bfloat16 whose two products are added, for
+// which the machine needs an instruction: see kHasPairs.
+template <typename C, int N, typename E>
+inline Vec<C, N> multiply_add(Vec<C, N> acc, Vec<E, N> left, Vec<E, N> right) {
+  if constexpr (std::is_same_v<C, E>) {
+    return acc + left * right;
+  } else {
+#if defined(__AVX512BF16__)
+    static_assert(std::is_same_v<C, float> && std::is_same_v<E, uint32_t> && N == 16);
+    return reinterpret_cast<Vec<C, N>>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(acc),
+                                                        reinterpret_cast<__m512bh>(left),
+                                                        reinterpret_cast<__m512bh>(right)));
+#else
+    return acc;
+#endif
+  }
+}
+#if defined(__AVX512BF16__)
+constexpr bool kHasPairs = true;
+#else
+constexpr bool kHasPairs = false;
+#endif
+
 // Calls f(std::integral_constant<int, i>) for i in [0, N): what f indexes with i stays in
 // registers.
 template <int N, typename F>
