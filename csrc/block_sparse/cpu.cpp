@@ -195,6 +195,28 @@ void pack_paired_panels(const BFloat16* from, int64_t stride, int64_t batch, int
   }
 }
 
+// The W x W elements at `from` to their transpose at `to`. Unrolled: with an index that is not a
+// constant the vectors would live in memory.
+template <typename T>
+SECATEUR_INLINE inline void transpose_tile(const T* from, int64_t stride, Compute<T>* to,
+                                           int64_t to_stride) {
+  using C = Compute<T>;
+  constexpr int W = kLanes<C>;
+  Vec<C, W> v[W];
+  unroll<W>([&](auto i) SECATEUR_INLINE { v[i] = load<W>(from + i * stride); });
+  transpose<C, W>(v);
+  unroll<W>([&](auto i) SECATEUR_INLINE { store<W>(to + i * to_stride, v[i]); });
+}
+
+// The same of its first `rows` rows and `cols` columns: `cols` rows, zero after `rows`.
+template <typename T>
+void transpose_corner(const T* from, int64_t stride, int64_t rows, int64_t cols, Compute<T>* to,
+                      int64_t to_stride) {
+  for (int64_t j = 0; j < cols; ++j)
+    for (int64_t i = 0; i < kLanes<Compute<T>>; ++i)
+      to[j * to_stride + i] = i < rows ? widen(from[i * stride + j]) : Compute<T>{0};
+}
+
 // Layout::Transposed; an item is kFeatureChunk features of one panel.
 template <typename T>
 void pack_transposed(const T* from, int64_t stride, int64_t batch, int64_t features, int64_t lanes,
@@ -208,18 +230,14 @@ void pack_transposed(const T* from, int64_t stride, int64_t batch, int64_t featu
     C* const out = to + panel * features * lanes;
     for (int64_t m0 = 0; m0 < lanes; m0 += W) {
       const int64_t m = panel * lanes + m0;
-      const int64_t count = std::clamp<int64_t>(batch - m, 0, W);
+      const int64_t rows = std::clamp<int64_t>(batch - m, 0, W);
       for (int64_t f = first; f < last; f += W) {
-        Vec<C, W> v[W] = {};
-        const int64_t width = std::min<int64_t>(W, last - f);
-        if (count == W && width == W) {
-          unroll<W>([&](auto i) SECATEUR_INLINE { v[i] = load<W>(from + (m + i) * stride + f); });
-        } else {
-          for (int64_t i = 0; i < count; ++i)
-            v[i] = load_first<W>(from + (m + i) * stride + f, width);
-        }
-        transpose<C, W>(v);
-        for (int64_t i = 0; i < width; ++i) store<W>(out + (f + i) * lanes + m0, v[i]);
+        const int64_t cols = std::min<int64_t>(W, last - f);
+        const T* const tile = from + (rows > 0 ? m * stride : 0) + f;
+        if (rows == W && cols == W)
+          transpose_tile(tile, stride, out + f * lanes + m0, lanes);
+        else
+          transpose_corner(tile, stride, rows, cols, out + f * lanes + m0, lanes);
       }
     }
   }
@@ -434,11 +452,18 @@ void store_transposed(const Compute<T>* features, int64_t count, int64_t lanes, 
     Vec<C, W> offset = {};
     if (bias) offset = load_first<W>(bias + f, width);
     for (int64_t m = 0; m < rows; m += W) {
+      T* const tile = out + m * stride + f;
       Vec<C, W> v[W];
       unroll<W>([&](auto i) SECATEUR_INLINE { v[i] = load<W>(features + (f + i) * lanes + m); });
       transpose<C, W>(v);
+      if (width == W && rows - m >= W) {
+        unroll<W>([&](auto i) SECATEUR_INLINE { store<W>(tile + i * stride, v[i] + offset); });
+        continue;
+      }
+      alignas(64) C corner[W][W];
+      unroll<W>([&](auto i) SECATEUR_INLINE { store<W>(corner[i], v[i] + offset); });
       for (int64_t i = 0; i < std::min<int64_t>(W, rows - m); ++i)
-        store_first<W>(out + (m + i) * stride + f, v[i] + offset, width);
+        store_first<W>(tile + i * stride, load<W>(corner[i]), width);
     }
   }
 }
@@ -841,18 +866,11 @@ void transpose_blocks(const E* from, int64_t rows, int64_t cols, Compute<E>* to,
     C* const out = to + p * rows * cols;
     for (int64_t i = 0; i < rows; i += W) {
       for (int64_t j = 0; j < cols; j += W) {
-        Vec<C, W> v[W];
+        const E* const tile = block + i * cols + j;
         if (j + W <= cols)
-          unroll<W>([&](auto k) SECATEUR_INLINE { v[k] = load<W>(block + (i + k) * cols + j); });
+          transpose_tile(tile, cols, out + j * rows + i, rows);
         else
-          unroll<W>([&](auto k) SECATEUR_INLINE {
-            v[k] = load_first<W>(block + (i + k) * cols + j, cols - j);
-          });
-        transpose<C, W>(v);
-        const auto put = [&](auto k) SECATEUR_INLINE {
-          if (j + k < cols) store<W>(out + (j + k) * rows + i, v[k]);
-        };
-        unroll<W>(put);
+          transpose_corner(tile, cols, W, cols - j, out + j * rows + i, rows);
       }
     }
   }

@@ -34,6 +34,7 @@ using Compute = typename ComputeType<T>::type;
 // and the linker must never share one copy between them.
 namespace {
 
+inline uint32_t widen(uint32_t x) { return x; }
 inline float widen(float x) { return x; }
 inline double widen(double x) { return x; }
 inline float widen(BFloat16 x) { return std::bit_cast<float>(uint32_t{x.bits} << 16); }
