@@ -568,7 +568,7 @@ void run_outer(const Args& g, int64_t begin, int64_t end) {
   const auto x = panels_of<E>(g.plan.x, g.x, g.x_stride, g.x_space, g.cols, batch);
   // Rows of the batch whose share of both panels stays in L1 while the tiles of a part pass over
   // it.
-  const int64_t depth = 8192 / (std::min(g.rows, kPart) + std::min(g.cols, kPart));
+  const int64_t depth = 4096 / (std::min(g.rows, kPart) + std::min(g.cols, kPart));
   alignas(64) C part[kPart * kPart];
   for (int64_t p = begin; p < end; ++p) {
     const int64_t live_rows = std::min(g.rows, g.out_features - g.row_of[p] * g.rows);
