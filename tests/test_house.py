@@ -22,6 +22,7 @@ ORDER = [
     "ranks",
     "shards",
     "sparse",
+    "costs",
     "surgery",
     "granularity",
     "criteria",

@@ -4,6 +4,7 @@ from secateur import nn as nn
 from secateur import ops as ops
 from secateur._C import build_info
 from secateur.checkpoint import load, save
+from secateur.costs import Cost, CostTable, cost, cost_table
 from secateur.criteria import (
     OBD,
     Criterion,
@@ -37,6 +38,8 @@ __all__ = [
     "Block",
     "BlockSparse",
     "BlockSparseLinear",
+    "Cost",
+    "CostTable",
     "Criterion",
     "Cubic",
     "Element",
@@ -58,6 +61,8 @@ __all__ = [
     "Threshold",
     "__version__",
     "build_info",
+    "cost",
+    "cost_table",
     "densify",
     "hutchinson_diagonal",
     "load",

@@ -1,0 +1,411 @@
+"""What a linear layer costs on this machine, dense and block-sparse, from a table measured once.
+
+A product's time is close to a sum of terms with non-negative factors: one for every multiply-add,
+for every element that is read or written, for every weight that a cache cannot hold, and one for
+the call. The factors are fitted to a few dozen timings of each block size, dtype and direction.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from secateur import _C
+from secateur.ops._spec import FLOATS
+from secateur.sparse import BlockSparse, block_size
+
+__all__ = ["Cost", "CostTable", "cost", "cost_table"]
+
+DIRECTIONS = ("forward", "dx", "dw")
+_FORMAT = 1  # of the file
+
+# What is timed: (rows, out_features, in_features, density). Sizes differ by odd factors, so that
+# no term of the sum goes along with another one.
+_POINTS = (
+    *((m, n, k, d) for m in (1, 2, 4, 8, 15) for n, k, d in (
+        (320, 320, 0.5), (1536, 512, 0.2), (640, 2560, 0.1), (2048, 2048, 0.3), (4096, 3072, 0.1),
+    )),
+    (16, 768, 768, 0.3), (24, 2048, 512, 0.1), (32, 512, 2048, 0.5), (48, 1024, 1024, 0.05),
+    (64, 3072, 768, 0.1), (64, 768, 3072, 0.3), (96, 320, 1280, 0.2), (128, 2048, 2048, 0.1),
+    (128, 512, 512, 0.6), (192, 1280, 320, 0.05), (256, 4096, 1024, 0.1), (256, 1024, 4096, 0.03),
+    (384, 640, 640, 0.2), (512, 2048, 768, 0.05), (512, 768, 2048, 0.3), (768, 256, 1536, 0.1),
+    (1024, 1024, 1024, 0.1), (1024, 2560, 512, 0.03), (1536, 512, 512, 0.5),
+    (2048, 1024, 512, 0.05),     (2048, 384, 1536, 0.1), (2048, 256, 256, 0.3),
+)  # fmt: skip
+# Dense products of few rows take other paths in each of these ranges; sparse ones only below 16.
+_DENSE_RANGES, _SPARSE_RANGES = (1, 2, 4, 8, 16), (1, 16)
+_SECONDS = 0.02  # for each timing
+_CACHES = (1 << 20, 16 << 20)  # bytes that a core can hope for of the second and the third one
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Predicted times of a layer.
+
+    Attributes:
+        dense: seconds with dense weights.
+        sparse: seconds with the live blocks only.
+    """
+
+    dense: float
+    sparse: float
+
+    @property
+    def speedup(self) -> float:
+        """How many times as fast as dense the sparse layer is."""
+        return self.dense / self.sparse
+
+
+def cost(
+    out_features: int,
+    in_features: int,
+    rows: int,
+    *,
+    block: int | tuple[int, int],
+    density: float,
+    dtype: torch.dtype = torch.float32,
+    direction: str | Sequence[str] = DIRECTIONS,
+) -> Cost:
+    """Predict what a linear layer costs with dense weights, and with live blocks only.
+
+    On CPUs, with as many threads as torch uses now. What has not been measured on this machine yet
+    is measured first (seconds, with a progress bar) and kept in the user's cache directory.
+
+    Args:
+        out_features, in_features: the weight's shape.
+        rows: rows of the input: batch times positions.
+        block: block size, an int or (rows, cols).
+        density: fraction of the blocks that are live, in [0, 1].
+        dtype: of weights and inputs.
+        direction: ``"forward"``, ``"dx"`` (gradient of the input), ``"dw"`` (gradient of the
+            weight), or several of them: their sum.
+
+    Raises:
+        TypeError: a number is no number, or ``dtype`` no floating-point dtype.
+        ValueError: a size below 1, a density outside [0, 1], another direction.
+
+    Example:
+        >>> secateur.cost(4096, 1024, 2048, block=32, density=0.1).speedup
+    """
+    sizes = {"out_features": out_features, "in_features": in_features, "rows": rows}
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"expected {name} to be an int, got {size!r}")
+        if size < 1:
+            raise ValueError(f"expected {name} to be at least 1, got {size}")
+    if isinstance(density, bool) or not isinstance(density, (int, float)):
+        raise TypeError(f"expected density to be a number, got {density!r}")
+    if not 0 <= density <= 1:
+        raise ValueError(f"expected density to be in [0, 1], got {density}")
+    directions = (direction,) if isinstance(direction, str) else tuple(direction)
+    if not directions or not set(directions) <= set(DIRECTIONS):
+        raise ValueError(f"expected direction to be among {DIRECTIONS}, got {direction!r}")
+    if dtype not in FLOATS:
+        raise TypeError(f"expected dtype to be one of {', '.join(map(str, FLOATS))}, got {dtype!r}")
+    sides, shape = block_size(block), (rows, out_features, in_features)
+    table = cost_table()
+    return Cost(
+        sum(table.predict(None, dtype, each, shape, 1.0) for each in directions),
+        sum(table.predict(sides, dtype, each, shape, density) for each in directions),
+    )
+
+
+_tables: dict[Path, CostTable] = {}
+
+
+def cost_table(*, rebuild: bool = False) -> CostTable:
+    """The table behind :func:`cost` for this machine and torch's current number of threads.
+
+    Args:
+        rebuild: forget what was measured, here and on disk.
+    """
+    path = _cache_directory() / f"cost-{_key()}.json"
+    if rebuild:
+        path.unlink(missing_ok=True)
+        _tables.pop(path, None)
+    if path not in _tables:
+        _tables[path] = CostTable(path)
+    return _tables[path]
+
+
+class CostTable:
+    """Timings of this machine and the factors fitted to them; ``print`` it to inspect them.
+
+    Attributes:
+        path: the JSON file that keeps the timings.
+        timings: seconds by ``"block/dtype"`` ("dense", "32x32", ...), then direction, in the order
+            of the points that are timed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.timings: dict[str, dict[str, list[float]]] = {}
+        self._factors: dict[tuple[str, str, int], Tensor] = {}
+        if path.exists():
+            self.timings = _read(path)
+
+    def predict(
+        self,
+        block: tuple[int, int] | None,
+        dtype: torch.dtype,
+        direction: str,
+        shape: tuple[int, int, int],
+        density: float,
+    ) -> float:
+        """Seconds of one product.
+
+        Args:
+            block: None for the dense product.
+            dtype: of all operands.
+            direction: one of ``DIRECTIONS``.
+            shape: (rows, out_features, in_features).
+            density: fraction of live blocks.
+        """
+        name = _name(block, dtype)
+        if name not in self.timings:
+            dense, sparse = _measure(block or (32, 32), dtype)
+            self.timings.setdefault(_name(None, dtype), dense)
+            self.timings[_name(block or (32, 32), dtype)] = sparse
+            _write(self.path, self.timings)
+        first = max(m for m in _ranges(block) if m <= shape[0])
+        key = (name, direction, first)
+        if key not in self._factors:
+            chosen = _points_of(block, first)
+            seconds = torch.tensor([self.timings[name][direction][i] for i in chosen]).double()
+            terms = torch.stack(
+                [_terms(block, direction, _POINTS[i][:3], _density(block, i)) for i in chosen]
+            )
+            self._factors[key] = _fit(terms, seconds)
+        return float(_terms(block, direction, shape, density) @ self._factors[key])
+
+    def __repr__(self) -> str:
+        """Where it is kept, and how far its own timings are from what it predicts for them."""
+        lines = [f"CostTable of {_machine()}", f"  kept in {self.path}"]
+        for name, by_direction in self.timings.items():
+            size, _, dtype = name.partition("/")
+            block = None if size == "dense" else tuple(map(int, size.split("x")))
+            for direction in by_direction:
+                errors = [
+                    abs(
+                        self.predict(
+                            block,  # type: ignore[arg-type]
+                            getattr(torch, dtype),
+                            direction,
+                            point[:3],
+                            _density(block, i),  # type: ignore[arg-type]
+                        )
+                        / seconds
+                        - 1
+                    )
+                    for i, (point, seconds) in enumerate(
+                        zip(_POINTS, by_direction[direction], strict=True)
+                    )
+                ]
+                lines.append(
+                    f"  {name:<18} {direction:<8} {len(errors)} timings, off by "
+                    f"{statistics.median(errors):.1%} in the median, {max(errors):.1%} at most"
+                )
+        return "\n".join(lines)
+
+
+def _name(block: tuple[int, int] | None, dtype: torch.dtype) -> str:
+    size = "dense" if block is None else f"{block[0]}x{block[1]}"
+    return f"{size}/{str(dtype).removeprefix('torch.')}"
+
+
+def _ranges(block: tuple[int, int] | None) -> tuple[int, ...]:
+    return _DENSE_RANGES if block is None else _SPARSE_RANGES
+
+
+def _points_of(block: tuple[int, int] | None, first: int) -> list[int]:
+    """The points in the range of rows that begins with ``first``."""
+    ranges = _ranges(block)
+    return [i for i, (m, *_) in enumerate(_POINTS) if max(r for r in ranges if r <= m) == first]
+
+
+def _density(block: tuple[int, int] | None, point: int) -> float:
+    return 1.0 if block is None else _POINTS[point][3]
+
+
+def _terms(
+    block: tuple[int, int] | None, direction: str, shape: tuple[int, int, int], density: float
+) -> Tensor:
+    """What the time of a product is a sum of."""
+    m, n, k = shape
+    weights = density * n * k
+    if block is not None and any(side % 16 for side in block):
+        lanes = 64 if m > 32 else 16  # such blocks take the batch in whole panels
+        m = -(-m // lanes) * lanes
+    panel = (n if direction == "dx" else k) * 64 * 4.0
+    second, third = _CACHES
+    return torch.tensor(
+        [
+            1.0,
+            weights,
+            weights * _missed(weights * 4, second),
+            weights * _missed(weights * 4, third),
+            m * k,
+            m * n,
+            m * weights,
+            m * weights * _missed(panel, second / 2),
+        ],
+        dtype=torch.float64,
+    )
+
+
+def _missed(size: float, cache: float) -> float:
+    """The part of ``size`` bytes, read again and again, that a cache does not hold."""
+    return max(0.0, 1 - cache / size) if size else 0.0
+
+
+def _fit(terms: Tensor, seconds: Tensor) -> Tensor:
+    """Factors that are not negative and bring the relative errors to a minimum, outliers less."""
+    relative = terms / seconds[:, None]
+    scale = relative.norm(dim=0).clamp_min(1e-300)
+    weights = torch.ones_like(seconds)
+    factors = torch.zeros_like(scale)
+    for _ in range(4):
+        a = (relative / scale) * weights[:, None]
+        gram, target = (a.T @ a).tolist(), (a.T @ weights).tolist()
+        x = factors.tolist()
+        for _ in range(500):  # coordinate descent
+            for j, row in enumerate(gram):
+                if row[j] > 0:
+                    rest = sum(g * v for g, v in zip(row, x, strict=True)) - row[j] * x[j]
+                    x[j] = max(0.0, (target[j] - rest) / row[j])
+        factors = torch.tensor(x, dtype=torch.float64)
+        errors = ((relative / scale) @ factors - 1).abs()
+        weights = (0.05 / errors.clamp_min(0.05)).sqrt()
+    fitted: Tensor = factors / scale
+    return fitted
+
+
+def _measure(
+    block: tuple[int, int], dtype: torch.dtype
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Time every direction at every point, dense and sparse.
+
+    They take turns, since one that is repeated finds its operands in a cache, as no layer of a
+    network does; and in two rounds, since neighbours on the machine come and go.
+    """
+    rounds: list[list[list[list[float]]]] = [[[[], []] for _ in DIRECTIONS] for _ in _POINTS]
+    order = [*range(len(_POINTS))] * 2
+    # disable=None: no bar where nobody sees it.
+    for i in tqdm(order, f"secateur measures {_name(block, dtype)}", disable=None):
+        for pair, times in zip(_products(block, dtype, i), rounds[i], strict=True):
+            _time(pair, times)
+    dense, sparse = (
+        {
+            direction: [statistics.median(point[j][kind]) for point in rounds]
+            for j, direction in enumerate(DIRECTIONS)
+        }
+        for kind in (0, 1)
+    )
+    return dense, sparse
+
+
+def _products(
+    block: tuple[int, int], dtype: torch.dtype, point: int
+) -> tuple[tuple[Callable[[], Tensor], Callable[[], Tensor]], ...]:
+    """Dense and sparse, in the order of ``DIRECTIONS``."""
+    m, n, k, density = _POINTS[point]
+    generator = torch.Generator().manual_seed(point)
+    x, dy, weight = (
+        torch.randn(shape, generator=generator).to(dtype) for shape in ((m, k), (m, n), (n, k))
+    )
+    grid = (-(-n // block[0]), -(-k // block[1]))
+    order = torch.randperm(grid[0] * grid[1], generator=generator)
+    mask = (order < max(1, round(density * len(order)))).view(grid)
+    sparse = BlockSparse.from_dense(weight, block, mask)
+    values, pattern = sparse.values, sparse.pattern.tensors()
+    ops = torch.ops.secateur
+    return (
+        (
+            lambda: x @ weight.t(),
+            lambda: ops.block_sparse_linear(x, values, None, *pattern, n),
+        ),
+        (lambda: dy @ weight, lambda: ops.block_sparse_linear_dx(dy, values, *pattern, k)),
+        (lambda: dy.t() @ x, lambda: ops.block_sparse_linear_dw(dy, x, *pattern, *block)),
+    )
+
+
+def _time(calls: Sequence[Callable[[], Tensor]], times: Sequence[list[float]]) -> None:
+    for call in calls:
+        call()
+    begin = time.perf_counter()
+    count = 0
+    while count < 3 or time.perf_counter() - begin < _SECONDS:
+        count += 1
+        for call, record in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            record.append(time.perf_counter() - start)
+
+
+def _machine() -> str:
+    return (
+        f"{_processor()}, {_C.isa()}, {torch.get_num_threads()} threads, torch "
+        f"{torch.__version__}, secateur {_C.build_info()['version']}"
+    )
+
+
+def _key() -> str:
+    return hashlib.sha256(f"{_FORMAT} {_machine()} {_POINTS}".encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cache_directory() -> Path:
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "secateur"
+    homes = {"darwin": Path.home() / "Library" / "Caches"}
+    if sys.platform == "win32":
+        return Path(os.environ["LOCALAPPDATA"]) / "secateur"
+    return homes.get(sys.platform, Path.home() / ".cache") / "secateur"
+
+
+def _read(path: Path) -> dict[str, dict[str, list[float]]]:
+    try:
+        timings: dict[str, dict[str, list[float]]] = json.loads(path.read_bytes())["timings"]
+        for by_direction in timings.values():
+            if set(by_direction) != set(DIRECTIONS) or any(
+                len(seconds) != len(_POINTS) or not all(s > 0 for s in seconds)
+                for seconds in by_direction.values()
+            ):
+                raise ValueError("timings that are not complete")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"expected the timings of secateur.cost in {path}, got {error}: "
+            "secateur.cost_table(rebuild=True) measures again"
+        ) from error
+    return timings
+
+
+def _write(path: Path, timings: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(
+        json.dumps({"machine": _machine(), "points": _POINTS, "timings": timings}, indent=1),
+        encoding="utf-8",
+    )
+    os.replace(temporary, path)
