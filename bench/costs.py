@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ def main() -> None:
             weight = random_sparse(n, k, block, log_uniform(0.03, 0.6), dtype)
             density = weight.density
             for direction, dense, sparse in products(m, weight):
-                real = harness.measure((dense, sparse), 0.2)
+                calls = {"dense": harness.Call(dense), "sparse": harness.Call(sparse)}
+                real = [t.seconds for t in harness.measure(calls, 0.2, time.perf_counter).values()]
                 predicted = secateur.cost(
                     n, k, m, block=block, density=density, dtype=dtype, direction=direction
                 )

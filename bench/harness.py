@@ -1,99 +1,191 @@
-"""Times ours against dense torch: checked first, calls interleaved, medians reported."""
+"""Checks, then times: what every benchmark here measures with.
+
+Every result is compared with the reference before anything is timed. Calls then take turns, in an
+order that is drawn anew for every round, so that noise, clock speed and what the call before left
+in the caches hit all alike. What is reported is the median.
+"""
 
 from __future__ import annotations
 
 import csv
+import importlib
+import importlib.metadata
 import json
 import platform
+import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from secateur import _C
 
+CALLS = 15  # of every function at least, but
+FEWEST = 5  # where one call takes longer than
+SLOW = 0.5  # seconds
+PEERS = ("numpy", "scipy", "sparselab")
+
+Clock = Callable[[], float]
+
 
 @dataclass(frozen=True)
-class Case:
-    """One line of a table.
+class Call:
+    """What is timed.
 
     Attributes:
-        columns: what the case is, by column name.
-        ours: the call that is timed.
-        dense: the baseline.
-        work: useful floating-point operations of ours.
-        check: raises where ours is wrong.
+        run: the call.
+        check: raises where the result is wrong, and may return how far it is off; None for the
+            reference itself, and for a yardstick of which only the time matters.
     """
 
-    columns: Mapping[str, Any]
-    ours: Callable[[], Any]
-    dense: Callable[[], Any]
-    work: float
-    check: Callable[[], None]
+    run: Callable[[], Any]
+    check: Callable[[Any], float | None] | None = None
 
 
-def measure(functions: Sequence[Callable[[], Any]], seconds: float) -> list[float]:
-    """Median time in seconds of each function; calls take turns, so that noise hits all alike."""
-    times: list[list[float]] = [[] for _ in functions]
-    for function in functions:
-        function()
-    start = time.perf_counter()
-    while time.perf_counter() - start < seconds or len(times[0]) < 3:
-        for function, record in zip(functions, times, strict=True):
-            before = time.perf_counter()
-            function()
-            record.append(time.perf_counter() - before)
-    return [statistics.median(record) for record in times]
+@dataclass(frozen=True)
+class Timing:
+    """Median seconds of a call, of how many, and what its check returned."""
+
+    seconds: float
+    calls: int
+    error: float | None
 
 
-def run(cases: Iterable[Case], seconds: float) -> list[dict[str, Any]]:
-    """Check and time every case, and print its line as it comes."""
-    rows: list[dict[str, Any]] = []
-    for case in cases:
-        case.check()
-        dense, ours = measure((case.dense, case.ours), seconds)
-        rows.append(
-            {
-                **case.columns,
-                "dense ms": dense * 1e3,
-                "ours ms": ours * 1e3,
-                "GFLOP/s": case.work / ours / 1e9,
-                "x dense": dense / ours,
-            }
-        )
-        if len(rows) == 1:
-            print(_line(list(rows[0])))
-        print(_line(list(rows[-1].values())) + (" slower" if dense < ours else ""), flush=True)
-    return rows
+def measure(calls: Mapping[str, Call], seconds: float, clock: Clock) -> dict[str, Timing]:
+    """Check all results, then time the calls by turns.
+
+    Args:
+        calls: by name.
+        seconds: how long to go on in all, once each was called ``CALLS`` times.
+        clock: seconds since some moment; see :func:`clock`.
+
+    Returns:
+        The timings by name. A call that takes more than ``SLOW`` seconds leaves after ``FEWEST``
+        rounds.
+
+    Raises:
+        RuntimeError: a check raised.
+    """
+    errors: dict[str, float | None] = {}
+    for name, call in calls.items():
+        result = call.run()
+        try:
+            errors[name] = call.check(result) if call.check else None
+        except (AssertionError, RuntimeError) as error:
+            raise RuntimeError(f"{name} is wrong: {error}") from error
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    active, shuffle = list(calls), random.Random(0).shuffle
+    rounds, spent = 0, 0.0
+    while active and (rounds < CALLS or spent < seconds):
+        shuffle(active)
+        for name in active:
+            before = clock()
+            calls[name].run()
+            times[name].append(clock() - before)
+            spent += times[name][-1]
+        rounds += 1
+        if rounds == FEWEST:
+            active = [name for name in active if statistics.median(times[name]) <= SLOW]
+    return {name: Timing(statistics.median(t), len(t), errors[name]) for name, t in times.items()}
 
 
-def _line(cells: Sequence[Any]) -> str:
-    return " ".join(f"{c:>9.3f}" if isinstance(c, float) else f"{c!s:>9}" for c in cells)
+def clock() -> tuple[Clock, str]:
+    """CPU time on one thread, which neighbours disturb less, and wall time otherwise."""
+    if torch.get_num_threads() == 1:
+        return time.process_time, "cpu"
+    return time.perf_counter, "wall"
+
+
+def peak_flops(dtype: torch.dtype, clock: Clock) -> float:
+    """The highest rate of multiply-adds that torch reaches on its threads, in FLOP/s.
+
+    It is that of a 7x7 convolution without padding, whose operands stay in registers and L1: 97 %
+    of a loop of nothing but multiply-adds on an AMD Zen 4, where a matrix product reaches 90 %. The
+    shortest call counts, because this is a ceiling.
+    """
+    side, kernel, channels, images = 34, 7, 64, 8
+    x = torch.randn(images, channels, side, side).to(dtype)
+    weight = torch.randn(channels, channels, kernel, kernel).to(dtype)
+    work = 2 * images * (side - kernel + 1) ** 2 * channels**2 * kernel**2
+    with torch.no_grad():
+        return work / _shortest(lambda: torch.nn.functional.conv2d(x, weight), clock)
+
+
+def read_bandwidth(clock: Clock) -> float:
+    """Bytes a second of torch's sum over 1 GiB, which no cache holds."""
+    x = torch.ones(2**28)  # not zeros: those may be one page, mapped many times
+    return x.nbytes / _shortest(x.sum, clock)
+
+
+def _shortest(call: Callable[[], Any], clock: Clock) -> float:
+    times = []
+    for _ in range(1 + CALLS):
+        before = clock()
+        call()
+        times.append(clock() - before)
+    return min(times[1:])
+
+
+def peer(name: str) -> ModuleType | None:
+    """A package to compare with; None, and a line that says so, where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        print(f"{name} is not installed: its cells stay empty (pip install '.[bench]')")
+        return None
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Rows of the same columns, each as wide as it needs."""
     lines = [list(rows[0])]
-    for row in rows:
-        lines.append([f"{x:.2f}" if isinstance(x, float) else str(x) for x in row.values()])
+    lines.extend([text(cell) for cell in row.values()] for row in rows)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
 
 
+def text(cell: Any) -> str:
+    """A cell as it is printed."""
+    if isinstance(cell, float):
+        return f"{cell:.2f}"
+    return "" if cell is None else str(cell)
+
+
 def environment() -> dict[str, Any]:
     """What a measurement cannot be read without."""
     return {
+        "cpu": _cpu(),
         "machine": platform.machine(),
         "isa": _C.isa(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "secateur": _C.build_info()["version"],
+        **{name: _version(name) for name in PEERS},
     }
+
+
+def _cpu() -> str:
+    """The model's name; Linux also knows its numbers, which say more where a cloud hides it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    facts = dict(
+        reversed([[s.strip() for s in line.split(":", 1)] for line in lines if ":" in line])
+    )
+    if "model name" not in facts:
+        return platform.processor() or platform.machine()
+    return f"{facts['model name']} (family {facts['cpu family']} model {facts['model']})"
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
 
 
 def save_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -108,4 +200,5 @@ def save_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def save_json(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """``{"environment": ..., "rows": [...]}``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1))

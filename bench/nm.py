@@ -10,9 +10,6 @@ under a minute.
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +17,8 @@ import torch
 from torch import Tensor
 
 from bench import harness
+from bench.harness import Call
 from secateur import ops
-
-Call = Callable[[], Any]
-Clock = Callable[[], float]
 
 PATTERNS = ((1, 2), (1, 4), (2, 4), (4, 8), (8, 16), (16, 32), (2, 3), (4, 7))
 
@@ -51,36 +46,41 @@ def check(mask: Tensor, scores: Tensor, n: int, m: int) -> None:
         raise RuntimeError(f"expected the {n} best of every {m} by a stable sort, got another mask")
 
 
-def measure(calls: dict[str, Call], seconds: float, clock: Clock) -> dict[str, float]:
-    """Median time of each call in seconds; they take turns."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    start = time.perf_counter()
-    while time.perf_counter() - start < seconds or len(times["ours"]) < 3:
-        for name, call in calls.items():
-            before = clock()
-            call()
-            times[name].append(clock() - before)
-    return {name: statistics.median(record) for name, record in times.items()}
+def check_peer(mask: Tensor, scores: Tensor, n: int, m: int) -> None:
+    """The same where no scores of a group are equal: none left out is better than one marked."""
+    marked, scored = mask.reshape(-1, m), scores.reshape(-1, m)
+    worst = scored.where(marked, torch.inf).amin(1)
+    best = scored.where(~marked, -torch.inf).amax(1)
+    if (marked.sum(1) < n).any() or (worst < best).any():
+        raise RuntimeError(f"expected the {n} best of every {m}, got another mask")
 
 
-def row(w: Tensor, g: Tensor, n: int, m: int, seconds: float, clock: Clock) -> dict[str, Any]:
+def row(w: Tensor, g: Tensor, n: int, m: int, seconds: float) -> dict[str, Any]:
     def scores() -> Tensor:
         return (w.float() * g.float()).abs()
 
     def ours() -> Tensor:
         return ops.nm_mask(w, g, formula="taylor", n=n, m=m)
 
-    check(ops.unpack_mask(ours(), w.shape), scores(), n, m)
-    calls: dict[str, Call] = {
-        "ours": ours,
-        "topk": lambda: by_topk(scores(), n, m),
-        "ranks": lambda: by_ranks(scores(), n, m),
-        "dot": lambda: torch.dot(w.flatten(), g.flatten()),
-    }
-    times = measure(calls, seconds, clock)
+    clock, clock_name = harness.clock()
+    expected = scores()
+    timings = harness.measure(
+        {
+            "ours": Call(ours, lambda bits: check(ops.unpack_mask(bits, w.shape), expected, n, m)),
+            "topk": Call(
+                lambda: by_topk(scores(), n, m), lambda mask: check_peer(mask, expected, n, m)
+            ),
+            "ranks": Call(
+                lambda: by_ranks(scores(), n, m), lambda mask: check_peer(mask, expected, n, m)
+            ),
+            "dot": Call(lambda: torch.dot(w.flatten(), g.flatten())),
+        },
+        seconds,
+        clock,
+    )
+    times = {name: timing.seconds for name, timing in timings.items()}
     return {
+        "clock": clock_name,
         "n:m": f"{n}:{m}",
         "dtype": str(w.dtype).removeprefix("torch."),
         "shape": f"{w.shape[0]}x{w.shape[1]}",
@@ -97,14 +97,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="2 M elements, short timings")
     parser.add_argument("--size", type=int, default=4096, help="rows and, about, columns")
     parser.add_argument("--threads", type=int, help="default: torch's")
-    parser.add_argument("--csv", type=Path, default=Path("bench/results/nm.csv"))
+    parser.add_argument("--csv", type=Path, help="write the rows here, e.g. under bench/results")
     parser.add_argument("--json", type=Path, help="write environment and rows here")
     args = parser.parse_args()
     size, seconds = (1448, 1.0) if args.quick else (args.size, 8.0)
     if args.threads:
         torch.set_num_threads(args.threads)
-    one = torch.get_num_threads() == 1
-    clock, clock_name = (time.process_time, "cpu") if one else (time.perf_counter, "wall")
 
     rows: list[dict[str, Any]] = []
     generator = torch.Generator().manual_seed(0)
@@ -113,9 +111,10 @@ def main() -> None:
             # The peers want groups that fill the rows.
             shape = size, size // m * m
             w, g = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
-            rows.append({"clock": clock_name, **row(w, g, n, m, seconds, clock)})
+            rows.append(row(w, g, n, m, seconds))
     harness.print_table(rows)
-    harness.save_csv(rows, args.csv)
+    if args.csv:
+        harness.save_csv(rows, args.csv)
     if args.json:
         harness.save_json(rows, args.json)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from bench import harness
 from secateur import ops
 
-Call = Callable[[], Tensor]
+Run = Callable[[], Tensor]
 
 
 def in_blocks(x: Tensor, size: int) -> Tensor:
@@ -25,7 +25,7 @@ def in_blocks(x: Tensor, size: int) -> Tensor:
     return x.view(n // size, size, k // size, size).permute(0, 2, 1, 3).sum((2, 3))
 
 
-def cases(n: int, k: int, dtype: torch.dtype) -> Iterator[tuple[str, Call, Call, int]]:
+def cases(n: int, k: int, dtype: torch.dtype) -> Iterator[tuple[str, Run, Run, int]]:
     """(name, ours, torch's, bytes)."""
     generator = torch.Generator().manual_seed(0)
     w, g = (torch.randn(n, k, generator=generator).to(dtype) for _ in range(2))
@@ -36,7 +36,7 @@ def cases(n: int, k: int, dtype: torch.dtype) -> Iterator[tuple[str, Call, Call,
     def wide(t: Tensor) -> Tensor:
         return t.to(torch.float32)
 
-    def score(formula: str, **more: Any) -> Call:
+    def score(formula: str, **more: Any) -> Run:
         return lambda: ops.score(w, g, formula=formula, **more)
 
     def average() -> Tensor:
@@ -82,19 +82,29 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="1024 x 2048, short timings")
     parser.add_argument("--shape", type=int, nargs=2, default=(4096, 4096), metavar=("N", "K"))
     parser.add_argument("--threads", type=int, help="default: torch's")
-    parser.add_argument("--csv", type=Path, default=Path("bench/results/scores.csv"))
+    parser.add_argument("--csv", type=Path, help="write the rows here, e.g. under bench/results")
     args = parser.parse_args()
     shape, seconds = ((1024, 2048), 1.0) if args.quick else (tuple(args.shape), 4.0)
     if args.threads:
         torch.set_num_threads(args.threads)
 
+    clock, clock_name = harness.clock()
+
+    def check(result: Tensor, expected: Tensor) -> None:
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-12)
+
     rows: list[dict[str, Any]] = []
     for dtype in (torch.float32, torch.bfloat16):
         for name, ours, theirs, traffic in cases(*shape, dtype):
-            torch.testing.assert_close(ours(), theirs(), rtol=1e-4, atol=1e-12)
-            our_time, their_time = harness.measure((ours, theirs), seconds)
+            calls = {
+                "ours": harness.Call(ours, lambda result, theirs=theirs: check(result, theirs())),
+                "torch": harness.Call(theirs),  # the reference itself
+            }
+            times = harness.measure(calls, seconds, clock)
+            our_time, their_time = times["ours"].seconds, times["torch"].seconds
             rows.append(
                 {
+                    "clock": clock_name,
                     "score": name,
                     "dtype": str(dtype).removeprefix("torch."),
                     "ours ms": our_time * 1e3,
@@ -104,7 +114,8 @@ def main() -> None:
                 }
             )
     harness.print_table(rows)
-    harness.save_csv(rows, args.csv)
+    if args.csv:
+        harness.save_csv(rows, args.csv)
 
 
 if __name__ == "__main__":

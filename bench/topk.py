@@ -1,8 +1,11 @@
-"""Exact selection against torch: multiply, abs, cat and kthvalue or topk.
+"""Exact selection against what torch and numpy offer.
 
 Ours scores and selects in one go (``ops.select``), or selects among given scores
-(``ops.topk_mask``); torch's line makes the same bool masks. ``dot`` is ``torch.dot`` over the same
-weights and gradients: the time it takes to read them once. ``--quick`` takes under a minute.
+(``ops.topk_mask``). Peers make bool masks: multiply, abs, cat, and then torch's ``kthvalue``,
+torch's ``topk`` or numpy's ``partition``. ``prune`` is torch.nn.utils.prune.global_unstructured
+with the scores as importance; it multiplies weights by masks as well, and needs scores that are not
+negative. ``dot`` is ``torch.dot`` over the same weights and gradients: the time it takes to read
+them once. ``--quick`` takes under a minute.
 """
 
 from __future__ import annotations
@@ -10,15 +13,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from bench import harness
+from bench.harness import Call
 from secateur import ops
 
-Call = Callable[[], Any]
+PEERS = ("kthvalue", "topk", "partition", "prune")
 
 
 def tensors(numel: int, count: int, seed: int) -> list[Tensor]:
@@ -41,6 +47,25 @@ def by_topk(scores: list[Tensor], keep: int) -> list[Tensor]:
     return [s >= threshold for s in scores]
 
 
+def by_partition(numpy: ModuleType, scores: list[Tensor], keep: int) -> list[Tensor]:
+    flat = torch.cat(scores)
+    threshold = numpy.partition(flat.numpy(), len(flat) - keep)[len(flat) - keep].item()
+    return [s >= threshold for s in scores]
+
+
+def by_prune(weights: list[Tensor], scores: list[Tensor], keep: int) -> list[Tensor]:
+    """New modules every time: what is pruned already would count."""
+    pairs, importance = [], {}
+    for weight, score in zip(weights, scores, strict=True):
+        module = nn.Module()
+        module.weight = nn.Parameter(weight)
+        pairs.append((module, "weight"))
+        importance[module, "weight"] = score
+    dead = sum(s.numel() for s in scores) - keep
+    prune.global_unstructured(pairs, prune.L1Unstructured, importance, amount=dead)
+    return [module.weight_mask != 0 for module, _ in pairs]
+
+
 def check(masks: list[Tensor], scores: list[Tensor], keep: int) -> None:
     """Exactly ``keep`` are marked, and none of them is worse than one that is not."""
     marked, scored = torch.cat(masks), torch.cat(scores)
@@ -51,35 +76,66 @@ def check(masks: list[Tensor], scores: list[Tensor], keep: int) -> None:
         raise RuntimeError(f"expected the {keep} best by a stable sort, got another mask")
 
 
-def fused(weights: list[Tensor], grads: list[Tensor], keep: int, seconds: float) -> dict[str, Any]:
+def check_peer(masks: list[Tensor], scores: list[Tensor], keep: int) -> None:
+    """None left out is better than one marked; of equal scores, more than asked for may be."""
+    marked, scored = torch.cat(masks), torch.cat(scores)
+    worst = scored.where(marked, torch.inf).min()
+    best = scored.where(~marked, -torch.inf).max()
+    if int(marked.sum()) < keep or worst < best:
+        raise RuntimeError(f"expected the {keep} best, got another mask")
+
+
+def peers(
+    score: Callable[[], list[Tensor]], keep: int, numpy: ModuleType | None
+) -> dict[str, Call]:
+    """Each makes its scores with ``score``."""
+    runs: dict[str, Callable[[], list[Tensor]]] = {
+        "kthvalue": lambda: by_kthvalue(score(), keep),
+        "topk": lambda: by_topk(score(), keep),
+    }
+    if numpy:
+        runs["partition"] = lambda: by_partition(numpy, score(), keep)
+    return {name: checked(run, score, keep) for name, run in runs.items()}
+
+
+def checked(run: Callable[[], list[Tensor]], score: Callable[[], list[Tensor]], keep: int) -> Call:
+    return Call(run, lambda masks: check_peer(masks, score(), keep))
+
+
+def fused(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    keep: int,
+    seconds: float,
+    numpy: ModuleType | None,
+) -> dict[str, Any]:
     """|g * w|: score and select."""
 
     def scores() -> list[Tensor]:
         return [(w * g).abs() for w, g in zip(weights, grads, strict=True)]
 
-    def ours() -> list[Tensor]:
-        return ops.select(weights, grads, formula="taylor", keep=keep)
+    def check_bits(bits: list[Tensor]) -> None:
+        shapes = [w.shape for w in weights]
+        masks = [ops.unpack_mask(b, s) for b, s in zip(bits, shapes, strict=True)]
+        check(masks, scores(), keep)
 
-    shapes = [w.shape for w in weights]
-    masks = [ops.unpack_mask(m, s) for m, s in zip(ours(), shapes, strict=True)]
-    check(masks, scores(), keep)
-    calls: dict[str, Call] = {
-        "ours": ours,
-        "kthvalue": lambda: by_kthvalue(scores(), keep),
-        "topk": lambda: by_topk(scores(), keep),
-        "dot": lambda: [torch.dot(w, g) for w, g in zip(weights, grads, strict=True)],
+    calls = {
+        "ours": Call(lambda: ops.select(weights, grads, formula="taylor", keep=keep), check_bits),
+        **peers(scores, keep, numpy),
+        "prune": checked(lambda: by_prune(weights, scores(), keep), scores, keep),
+        "dot": Call(lambda: [torch.dot(w, g) for w, g in zip(weights, grads, strict=True)]),
     }
     return timed("|g*w|", keep, calls, 8 * sum(w.numel() for w in weights), seconds)
 
 
-def given(name: str, scores: list[Tensor], keep: int, seconds: float) -> dict[str, Any]:
+def given(
+    name: str, scores: list[Tensor], keep: int, seconds: float, numpy: ModuleType | None
+) -> dict[str, Any]:
     """Selection among scores that are there already."""
-    check(ops.topk_mask(scores, keep), scores, keep)
-    calls: dict[str, Call] = {
-        "ours": lambda: ops.topk_mask(scores, keep),
-        "kthvalue": lambda: by_kthvalue(scores, keep),
-        "topk": lambda: by_topk(scores, keep),
-        "dot": lambda: [torch.dot(s, s) for s in scores],
+    calls = {
+        "ours": Call(lambda: ops.topk_mask(scores, keep), lambda masks: check(masks, scores, keep)),
+        **peers(lambda: scores, keep, numpy),
+        "dot": Call(lambda: [torch.dot(s, s) for s in scores]),
     }
     return timed(name, keep, calls, 4 * sum(s.numel() for s in scores), seconds)
 
@@ -87,16 +143,24 @@ def given(name: str, scores: list[Tensor], keep: int, seconds: float) -> dict[st
 def timed(
     name: str, keep: int, calls: dict[str, Call], read: int, seconds: float
 ) -> dict[str, Any]:
-    times = dict(zip(calls, harness.measure(list(calls.values()), seconds), strict=True))
-    return {
+    clock, clock_name = harness.clock()
+    timings = harness.measure(calls, seconds, clock)
+    ours, dot = timings["ours"].seconds, timings["dot"].seconds
+    row: dict[str, Any] = {
+        "clock": clock_name,
         "scores": name,
         "keep": keep,
-        **{f"{call} ms": time * 1e3 for call, time in times.items()},
-        "GB/s": read / times["ours"] / 1e9,
-        "x kthvalue": times["kthvalue"] / times["ours"],
-        "x topk": times["topk"] / times["ours"],
-        "of dot": times["ours"] / times["dot"],
+        "ours ms": ours * 1e3,
+        "dot ms": dot * 1e3,
+        "GB/s": read / ours / 1e9,
+        "of dot": ours / dot,
+        "calls": min(timing.calls for timing in timings.values()),
     }
+    for other in PEERS:
+        timing = timings.get(other)
+        row[f"{other} ms"] = timing and timing.seconds * 1e3
+        row[f"x {other}"] = timing and timing.seconds / ours
+    return row
 
 
 def main() -> None:
@@ -105,7 +169,7 @@ def main() -> None:
     parser.add_argument("--numel", type=int, default=16_000_000, help="scores in all")
     parser.add_argument("--tensors", type=int, default=50, help="in how many tensors")
     parser.add_argument("--threads", type=int, help="default: torch's")
-    parser.add_argument("--csv", type=Path, default=Path("bench/results/topk.csv"))
+    parser.add_argument("--csv", type=Path, help="write the rows here, e.g. under bench/results")
     args = parser.parse_args()
     numel, seconds = (2_000_000, 1.0) if args.quick else (args.numel, 8.0)
     if args.threads:
@@ -113,7 +177,10 @@ def main() -> None:
 
     weights, grads = tensors(numel, args.tensors, 0), tensors(numel, args.tensors, 1)
     steps = [torch.randint(0, 252, w.shape) for w in weights]
-    rows = [fused(weights, grads, numel * percent // 100, seconds) for percent in (1, 10, 50)]
+    numpy = harness.peer("numpy")
+    rows = [
+        fused(weights, grads, numel * percent // 100, seconds, numpy) for percent in (1, 10, 50)
+    ]
     keep = numel // 10
     for name, scores in {
         "random": weights,
@@ -122,9 +189,10 @@ def main() -> None:
         "sorted": list(torch.cat(weights).sort().values.split([w.numel() for w in weights])),
         "denormal": [s * 2**-149 for s in steps],
     }.items():
-        rows.append(given(name, scores, keep, seconds))
+        rows.append(given(name, scores, keep, seconds, numpy))
     harness.print_table(rows)
-    harness.save_csv(rows, args.csv)
+    if args.csv:
+        harness.save_csv(rows, args.csv)
 
 
 if __name__ == "__main__":

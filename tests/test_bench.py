@@ -1,12 +1,191 @@
-"""Benchmarks that are checks as well."""
+"""What the benchmarks promise, and benchmarks that are checks as well."""
 
 from __future__ import annotations
 
+import csv
 import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from bench import optimizers
+from bench import block_sparse, harness, optimizers, report, topk
+from bench.harness import Call
+from torch import Tensor
+
+SMALL = block_sparse.Problem(8, (64, 32), 8, 0.25, "uniform", "float32")
+
+
+class Machine:
+    """Calls that take as long as they are told on a clock of their own."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.called: list[str] = []
+
+    def clock(self) -> float:
+        return self.now
+
+    def takes(self, name: str, seconds: float) -> Callable[[], str]:
+        def run() -> str:
+            self.called.append(name)
+            self.now += seconds
+            return name
+
+        return run
+
+
+def refuse(result: Any) -> None:
+    raise RuntimeError(f"expected something else, got {result}")
+
+
+def test_a_wrong_result_raises_before_anything_is_timed() -> None:
+    machine, looked = Machine(), []
+
+    def clock() -> float:
+        looked.append(machine.now)
+        return machine.now
+
+    calls = {
+        "right": Call(machine.takes("right", 1e-3), lambda result: None),
+        "wrong": Call(machine.takes("wrong", 1e-3), refuse),
+    }
+    with pytest.raises(RuntimeError, match="wrong is wrong: expected something else"):
+        harness.measure(calls, 0.1, clock)
+    assert (machine.called, looked) == (["right", "wrong"], [])
+
+
+def test_calls_take_turns_in_an_order_that_changes() -> None:
+    machine = Machine()
+    names = ["ours", "dense", "peer"]
+    calls = {name: Call(machine.takes(name, 1e-3)) for name in names}
+    harness.measure(calls, 0.0, machine.clock)
+    timed = machine.called[len(names) :]
+    rounds = [timed[i : i + len(names)] for i in range(0, len(timed), len(names))]
+    assert [sorted(r) for r in rounds] == [sorted(names)] * harness.CALLS
+    assert len({tuple(r) for r in rounds}) > 1
+
+
+def test_the_median_of_at_least_15_calls_and_of_5_where_one_is_slow() -> None:
+    machine = Machine()
+    lengths = iter([9.0, *[0.2] * 9, *[0.4] * 5, 0.3])  # the first is the check
+    calls = {
+        "short": Call(lambda: machine.takes("short", next(lengths))()),
+        "long": Call(machine.takes("long", 0.6)),
+    }
+    times = harness.measure(calls, 0.0, machine.clock)
+    assert (times["short"].calls, times["long"].calls) == (15, 5)
+    assert times["short"].seconds == pytest.approx(0.2)
+
+
+def test_short_calls_go_on_as_long_as_asked() -> None:
+    machine = Machine()
+    calls = {name: Call(machine.takes(name, 1e-3)) for name in ("a", "b")}
+    assert harness.measure(calls, 0.5, machine.clock)["a"].calls == 250
+
+
+@pytest.mark.usefixtures("restore")
+def test_one_thread_is_measured_in_cpu_time() -> None:
+    names = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        names.append(harness.clock()[1])
+    assert names == ["cpu", "wall"]
+
+
+def test_a_missing_peer_is_named_and_its_cells_stay_empty(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    modules = {}
+    for name in ("scipy", "sparselab"):
+        monkeypatch.setitem(sys.modules, name, None)
+        modules[name] = harness.peer(name)
+        assert f"{name} is not installed" in capsys.readouterr().out
+    problem = replace(SMALL, block=1)
+    rows = list(block_sparse.measured(problem, modules, {"float32": 1e12}, 1e11, 0.0))
+    assert [row["pass"] for row in rows] == list(block_sparse.PASSES)
+    for row in rows:
+        assert row["calls"] >= 15
+        assert row["x dense"] > 0
+        assert row["x scipy"] is row["scipy ms"] is row["x sparselab"] is None
+    assert rows[0]["x bsr"] > 0
+
+
+@pytest.mark.parametrize("problem", [SMALL, replace(SMALL, block=1, pattern="zipf")])
+def test_every_call_of_every_pass_is_checked_and_one_bad_element_is_enough(
+    problem: block_sparse.Problem,
+) -> None:
+    modules = {name: harness.peer(name) for name in ("scipy", "sparselab")}
+    seen = set()
+    for name, _, _, calls in block_sparse.passes(problem, modules):
+        for who, call in calls.items():
+            result = call.run()
+            assert call.check is not None
+            assert call.check(result) < 1e-5
+            outputs = result if isinstance(result, tuple) else (result,)
+            for i, output in enumerate(map(torch.as_tensor, outputs)):
+                bad = output.detach().clone(memory_format=torch.contiguous_format)
+                # The slot with the most in it: some of sparselab's are padding.
+                bad.view(-1)[bad.abs().argmax()] *= 1.001
+                with pytest.raises(RuntimeError, match="within"):
+                    call.check((*outputs[:i], bad, *outputs[i + 1 :]))
+            seen.add((name, who))
+    assert {("fwd", "ours"), ("dX", "ours"), ("dW", "ours"), ("fwd+bwd", "masked")} < seen
+
+
+@pytest.mark.parametrize("density", block_sparse.DENSITIES)
+def test_a_skewed_pattern_has_as_many_blocks_as_a_uniform_one(density: float) -> None:
+    counts = {}
+    for pattern in block_sparse.PATTERNS:
+        torch.manual_seed(0)
+        problem = replace(SMALL, shape=(512, 256), density=density, pattern=pattern)
+        counts[pattern] = block_sparse.live_mask(problem).sum(1)
+    live = round(density * 64 * 32)
+    assert counts["uniform"].sum() == counts["zipf"].sum() == live
+    if density < 1:
+        spread = {pattern: count.double().std() for pattern, count in counts.items()}
+        assert spread["zipf"] > 2 * spread["uniform"]
+        assert not torch.equal(counts["zipf"], counts["zipf"].sort(descending=True).values)
+
+
+def test_peers_of_selection_are_checked_too() -> None:
+    scores = [torch.tensor([1.0, 4.0, 3.0]), torch.tensor([2.0, 5.0])]
+    weights = [torch.ones(3), torch.ones(2)]
+    right = [torch.tensor([False, True, True]), torch.tensor([False, True])]
+
+    def same(masks: list[Tensor]) -> bool:
+        return all(torch.equal(a, b) for a, b in zip(masks, right, strict=True))
+
+    numpy = harness.peer("numpy")
+    assert same(topk.by_partition(numpy, scores, 3))
+    assert same(topk.by_prune(weights, scores, 3))
+    topk.check_peer(right, scores, 3)
+    for mask in ([True, True, False], [False, False, True]):  # 1 instead of 3, 4 forgotten
+        with pytest.raises(RuntimeError, match="expected the 3 best"):
+            topk.check_peer([torch.tensor(mask), right[1]], scores, 3)
+
+
+def test_report_rewrites_what_is_between_its_markers_only() -> None:
+    text = f"before {report.BEGIN} old {report.END} after"
+    assert report.rewritten(text, "new") == f"before {report.BEGIN}\nnew\n{report.END} after"
+    with pytest.raises(ValueError, match="expected one"):
+        report.rewritten(text.replace(report.END, ""), "new")
+
+
+def test_report_marks_what_loses() -> None:
+    assert report.times({"x dense": "0.87"}) == "**0.87 ▼**"
+    assert report.times({"x dense": "1.5"}) == "1.50"
+    assert report.times({"x dense": ""}) == ""
+
+
+def test_tables_of_the_readme_are_those_of_the_results() -> None:
+    """Run `python -m bench.report` where this fails."""
+    with report.RESULTS.open(newline="") as file:
+        new = report.tables(list(csv.DictReader(file)))
+    text = Path(report.README).read_text("utf-8")
+    assert report.rewritten(text, new) == text
 
 
 @pytest.mark.usefixtures("restore")

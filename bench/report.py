@@ -1,0 +1,177 @@
+"""Writes the tables of bench/README.md and the plot from bench/results/block_sparse.csv."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from bench.block_sparse import DENSITIES, PASSES, PATTERNS, ROWS, SHAPES, SPARSE
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "block_sparse.csv"
+README = HERE / "README.md"
+BEGIN, END = "<!-- python -m bench.report: begin -->", "<!-- python -m bench.report: end -->"
+
+Row = Mapping[str, str]
+
+BASE = {
+    "dtype": "float32",
+    "rows": str(ROWS[0]),
+    "shape": f"{SHAPES[0][0]}x{SHAPES[0][1]}",
+    "density": str(SPARSE),
+    "pattern": PATTERNS[0],
+}
+DENSITY = [str(density) for density in DENSITIES]
+PEERS_OF = {
+    "fwd": ("dense", "bsr", "scipy", "sparselab"),
+    "fwd+bwd": ("dense", "masked", "sparselab"),
+}
+
+
+def where(rows: Sequence[Row], wanted: Row) -> list[Row]:
+    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+
+
+def times(row: Row, other: str = "dense") -> str:
+    """How many times as fast as ``other``; what loses is marked."""
+    if not row[f"x {other}"]:
+        return ""
+    factor = float(row[f"x {other}"])
+    return f"{factor:.2f}" if factor >= 1 else f"**{factor:.2f} ▼**"
+
+
+def with_peak(row: Row) -> str:
+    return f"{times(row)} ({100 * float(row['of peak']):.0f} %)"
+
+
+def pivot(
+    rows: Sequence[Row], across: str, columns: Sequence[str], cell: Callable[[Row], str] = times
+) -> str:
+    """A Markdown table, one line a block size; empty cells are what was not measured."""
+    lines = [["block", *columns], ["---"] * (1 + len(columns))]
+    for block in sorted({row["block"] for row in rows}, key=int):
+        found = {row[across]: cell(row) for row in where(rows, {"block": block})}
+        lines.append([block, *(found.get(column, "") for column in columns)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """All tables, with headings."""
+    first = rows[0]
+    environment = ("cpu", "isa", "threads", "clock", "torch", "secateur", "scipy", "sparselab")
+    parts = [
+        "Measured on " + ", ".join(f"{name} {first[name]}" for name in environment) + ".",
+        "; ".join(
+            f"{dtype}: peak {float(found[0]['peak GFLOP/s']):.0f} GFLOP/s"
+            for dtype in ("float32", "bfloat16")
+            if (found := where(rows, {"dtype": dtype}))
+        )
+        + f"; read bandwidth {float(first['read GB/s']):.0f} GB/s. **▼** marks what loses.",
+    ]
+
+    def add(title: str, table: str) -> None:
+        if table.count("\n") > 1:  # not for a part of the grid that was not measured
+            parts.extend((f"### {title}", table))
+
+    def at(wanted: Row) -> list[Row]:
+        return where(rows, {**BASE, **wanted})
+
+    for dtype, name in itertools.product(("float32", "bfloat16"), PASSES):
+        found = [r for d in DENSITY for r in at({"pass": name, "dtype": dtype, "density": d})]
+        add(
+            f"{name}, {dtype}, {ROWS[0]} rows: times dense torch (share of peak), by density",
+            pivot(found, "density", DENSITY, with_peak),
+        )
+    batches = [str(m) for m in sorted(ROWS)]
+    for name in ("fwd", "fwd+bwd"):
+        found = [r for m in batches for r in at({"pass": name, "rows": m})]
+        add(f"{name}, density {SPARSE}: times dense torch, by rows", pivot(found, "rows", batches))
+    shapes = [f"{n}x{k}" for n, k in SHAPES]
+    found = [r for shape in shapes for r in at({"pass": "fwd+bwd", "shape": shape})]
+    add(
+        f"fwd+bwd, density {SPARSE}, {ROWS[0]} rows: times dense torch, by shape",
+        pivot(found, "shape", shapes),
+    )
+    found = [r for pattern in PATTERNS for r in at({"pass": "fwd+bwd", "pattern": pattern})]
+    add(
+        f"fwd+bwd, density {SPARSE}: GFLOP/s on uniform and on skewed rows of blocks",
+        pivot(found, "pattern", PATTERNS, lambda r: f"{float(r['GFLOP/s']):.0f}"),
+    )
+    found = [r for name in PASSES for r in at({"pass": name})]
+    add(
+        f"density {SPARSE}: milliseconds of each pass",
+        pivot(found, "pass", PASSES, lambda r: f"{float(r['ours ms']):.2f}"),
+    )
+    add(
+        f"density {SPARSE}: largest error, over that of dense torch",
+        pivot(
+            found, "pass", PASSES, lambda r: f"{float(r['error']) / float(r['dense error']):.1f}"
+        ),
+    )
+    for name, peers in PEERS_OF.items():
+        found = [{**r, "peer": peer} for peer in peers for r in at({"pass": name})]
+        add(
+            f"{name}, density {SPARSE}: times as fast as each peer",
+            pivot(found, "peer", peers, lambda r: times(r, r["peer"])),
+        )
+    return "\n\n".join(parts)
+
+
+def rewritten(text: str, new: str) -> str:
+    """``text`` with ``new`` between the markers.
+
+    Raises:
+        ValueError: the markers do not stand in ``text`` once each, in order.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end) or BEGIN in after or END in before + after:
+        raise ValueError(f"expected one {BEGIN!r} and then one {END!r}, got another text")
+    return f"{before}{BEGIN}\n{new}\n{END}{after}"
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Speed-up over density, one line a block size."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    import matplotlib.pyplot as plt
+
+    mpl.rcParams["svg.hashsalt"] = "secateur"  # the same rows give the same file
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.5), sharey=True, layout="constrained")
+    every = {key: value for key, value in BASE.items() if key != "density"}
+    for axis, dtype in zip(axes, ("float32", "bfloat16"), strict=True):
+        found = where(rows, {**every, "dtype": dtype, "pass": "fwd+bwd"})
+        for block in dict.fromkeys(row["block"] for row in found):
+            line = where(found, {"block": block})
+            axis.plot(
+                [float(row["density"]) for row in line],
+                [float(row["x dense"]) for row in line],
+                marker="o",
+                label=f"block {block}",
+            )
+        axis.plot(DENSITIES, [1 / d for d in DENSITIES], "k--", label="1 / density")
+        axis.axhline(1, color="grey", linewidth=0.8)
+        axis.set(xscale="log", yscale="log", xlabel="sparsity", title=dtype)
+        axis.invert_xaxis()
+        axis.set_xticks(DENSITIES, [f"{100 * (1 - d):.0f} %" for d in DENSITIES])
+        axis.set_yticks([0.5, 1, 2, 4, 8, 16], ["0.5", "1", "2", "4", "8", "16"])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("forward and backward, times dense torch")
+    axes[0].legend()
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def main() -> None:
+    with RESULTS.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    README.write_text(rewritten(README.read_text("utf-8"), tables(rows)), "utf-8")
+    plot(rows, RESULTS.with_suffix(".svg"))
+
+
+if __name__ == "__main__":
+    main()
