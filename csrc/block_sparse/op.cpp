@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <optional>
 
 #include "block_sparse/block_sparse.h"
@@ -71,10 +72,13 @@ Tensor unit_stride(const Tensor& t) {
 }
 
 Tensor workspace(const Tensor& like, int64_t bytes) {
-  return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+  const Tensor space = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+  prefer_huge_pages(space);
+  return space;
 }
 
-void launch(Args& args, const Tensor& like) {
+// All rows of the batch at once.
+void launch_rows(Args& args, const Tensor& like) {
   args.plan = SECATEUR_FOR_ISA(make_plan)(args);
   const Tensor x = workspace(like, args.plan.x_bytes);
   const Tensor dy = workspace(like, args.plan.dy_bytes);
@@ -90,6 +94,28 @@ void launch(Args& args, const Tensor& like) {
   parallel(args.plan.pack_dy, SECATEUR_FOR_ISA(pack_dy));
   parallel(args.plan.pack_values, SECATEUR_FOR_ISA(pack_values));
   parallel(args.plan.run, SECATEUR_FOR_ISA(run));
+}
+
+// A packed operand of this many rows is still in a cache when it is used.
+constexpr int64_t kRowsAtOnce = 640;
+
+// Rows of Forward and InputGradient do not depend on each other.
+void launch(const Args& args, const Tensor& like, int64_t itemsize) {
+  const bool apart = args.product != Product::WeightGradient;
+  const int64_t parts = apart ? ceil_div(args.batch, kRowsAtOnce) : 1;
+  const int64_t rows = ceil_div(ceil_div(args.batch, parts), 64) * 64;
+  const int64_t features = args.product == Product::Forward ? args.out_features : args.in_features;
+  for (int64_t m = 0; m < args.batch || m == 0; m += rows) {
+    Args part = args;
+    if (apart) {
+      part.batch = std::min(rows, args.batch - m);
+      part.x = static_cast<const char*>(args.x) + m * args.x_stride * itemsize;
+      part.dy = static_cast<const char*>(args.dy) + m * args.dy_stride * itemsize;
+      part.out = static_cast<char*>(args.out) + m * features * itemsize;
+    }
+    launch_rows(part, like);
+    if (!apart) return;
+  }
 }
 
 Tensor forward_cpu(const Tensor& x, const Tensor& values, const std::optional<Tensor>& bias,
@@ -109,6 +135,7 @@ Tensor forward_cpu(const Tensor& x, const Tensor& values, const std::optional<Te
                 values.size(1), values.size(2), {row_ptr, col, row_of, col_ptr, row_t, position_t});
   Tensor y = torch::stable::new_empty(x, {args.batch, args.out_features});
   if (y.numel() == 0) return y;
+  prefer_huge_pages(y);
   const Tensor left = unit_stride(x), blocks = torch::stable::contiguous(values);
   const Tensor offset = bias ? torch::stable::contiguous(*bias) : y;
   args.x = left.const_data_ptr();
@@ -116,7 +143,7 @@ Tensor forward_cpu(const Tensor& x, const Tensor& values, const std::optional<Te
   args.values = blocks.const_data_ptr();
   args.bias = bias ? offset.const_data_ptr() : nullptr;
   args.out = y.mutable_data_ptr();
-  launch(args, x);
+  launch(args, x, x.element_size());
   return y;
 }
 
@@ -131,12 +158,13 @@ Tensor input_gradient_cpu(const Tensor& dy, const Tensor& values, const Tensor& 
                 values.size(1), values.size(2), {row_ptr, col, row_of, col_ptr, row_t, position_t});
   Tensor dx = torch::stable::new_empty(dy, {args.batch, args.in_features});
   if (dx.numel() == 0) return dx;
+  prefer_huge_pages(dx);
   const Tensor left = unit_stride(dy), blocks = torch::stable::contiguous(values);
   args.dy = left.const_data_ptr();
   args.dy_stride = left.stride(0);
   args.values = blocks.const_data_ptr();
   args.out = dx.mutable_data_ptr();
-  launch(args, dy);
+  launch(args, dy, dy.element_size());
   return dx;
 }
 
@@ -153,13 +181,14 @@ Tensor weight_gradient_cpu(const Tensor& dy, const Tensor& x, const Tensor& row_
                         x.size(1), rows, cols, {row_ptr, col, row_of, col_ptr, row_t, position_t});
   Tensor dw = torch::stable::new_empty(dy, {args.n_blocks, rows, cols});
   if (args.n_blocks == 0) return dw;
+  prefer_huge_pages(dw);
   const Tensor left = unit_stride(dy), right = unit_stride(x);
   args.dy = left.const_data_ptr();
   args.dy_stride = left.stride(0);
   args.x = right.const_data_ptr();
   args.x_stride = right.stride(0);
   args.out = dw.mutable_data_ptr();
-  launch(args, dy);
+  launch(args, dy, dy.element_size());
   return dw;
 }
 
