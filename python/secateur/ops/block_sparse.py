@@ -122,9 +122,9 @@ def block_sparse_linear(x: Tensor, weight: BlockSparse, bias: Tensor | None = No
     ``weight.values`` and ``bias``, to any order. Accumulates in float32 (float64 in double). Under
     autocast, inputs are cast to its dtype, as in ``torch.nn.functional.linear``.
 
-    Memory beside the result, freed on return: forward and for the gradient of ``x`` at most 640 rows
-    of ``x`` (of y's gradient) and once the live values, in the compute dtype; for the gradient of
-    the values both matrices.
+    Memory beside the result, freed on return, in the compute dtype: at most 640 rows of ``x`` and
+    the live values once; for the gradient of ``x`` the same of y's gradient; for the gradient of
+    the values ``x`` and y's gradient as a whole.
 
     Args:
         x: ``(..., in_features)``; float32, bfloat16, float16 or float64; any strides.
