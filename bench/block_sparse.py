@@ -15,7 +15,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -285,8 +284,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, nargs="+", choices=BLOCKS, default=BLOCKS)
     parser.add_argument("--dtype", choices=DTYPES)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--csv", type=Path, help="write the rows here, e.g. under bench/results")
-    parser.add_argument("--json", type=Path, help="write environment and rows here")
+    harness.output_arguments(parser)
     args = parser.parse_args()
     shapes = [tuple(shape) for shape in args.shape or SHAPES]
     problems = [
@@ -321,10 +319,7 @@ def main() -> None:
                 tqdm.write(line({column: column for column in shown}))
             tqdm.write(line(shown))
             rows.append(row)
-    if args.csv:
-        harness.save_csv(rows, args.csv)
-    if args.json:
-        harness.save_json(rows, args.json)
+    harness.save(rows, args)
 
 
 if __name__ == "__main__":

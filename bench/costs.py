@@ -10,16 +10,14 @@ import argparse
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import secateur
 from bench import harness
 from secateur import BlockSparse
+from secateur.costs import products
 
 LIMIT = 0.15
 
@@ -28,29 +26,6 @@ def random_sparse(n: int, k: int, block: int, density: float, dtype: torch.dtype
     mask = torch.rand(-(-n // block), -(-k // block)) < density
     mask[0, 0] = True
     return BlockSparse.from_dense(torch.randn(n, k).to(dtype), block, mask)
-
-
-def products(
-    m: int, sparse: BlockSparse
-) -> Iterator[tuple[str, Callable[[], Tensor], Callable[[], Tensor]]]:
-    """Direction, dense and sparse."""
-    n, k = sparse.shape
-    x, dy, weight = (
-        torch.randn(shape).to(sparse.values.dtype) for shape in ((m, k), (m, n), (n, k))
-    )
-    values, pattern = sparse.values, sparse.pattern.tensors()
-    ops = torch.ops.secateur
-    yield (
-        "forward",
-        lambda: x @ weight.t(),
-        lambda: ops.block_sparse_linear(x, values, None, *pattern, n),
-    )
-    yield "dx", lambda: dy @ weight, lambda: ops.block_sparse_linear_dx(dy, values, *pattern, k)
-    yield (
-        "dw",
-        lambda: dy.t() @ x,
-        lambda: ops.block_sparse_linear_dw(dy, x, *pattern, *sparse.block),
-    )
 
 
 def log_uniform(low: float, high: float) -> float:
@@ -64,7 +39,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, nargs="+", default=[1, 8, 16, 32, 64, 128])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--csv", type=Path, help="write the rows here, e.g. under bench/results")
+    harness.output_arguments(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     random.seed(args.seed)
@@ -78,7 +53,7 @@ def main() -> None:
             n, k = (64 * round(log_uniform(4, 64)) for _ in "nk")
             weight = random_sparse(n, k, block, log_uniform(0.03, 0.6), dtype)
             density = weight.density
-            for direction, dense, sparse in products(m, weight):
+            for direction, (dense, sparse) in products(m, weight).items():
                 calls = {"dense": harness.Call(dense), "sparse": harness.Call(sparse)}
                 real = [t.seconds for t in harness.measure(calls, 0.2, time.perf_counter).values()]
                 predicted = secateur.cost(
@@ -114,8 +89,7 @@ def main() -> None:
                     f"{len(errors)} predictions, {within:.0%} within {LIMIT:.0%}, off by "
                     f"{statistics.median(errors):.1%} in the median"
                 )
-    if args.csv:
-        harness.save_csv(rows, args.csv)
+    harness.save(rows, args)
 
 
 if __name__ == "__main__":

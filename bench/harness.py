@@ -7,6 +7,7 @@ in the caches hit all alike. What is reported is the median.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import importlib
 import importlib.metadata
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 
 from secateur import _C
+from secateur.costs import processor
 
 CALLS = 15  # of every function at least, but
 FEWEST = 5  # where one call takes longer than
@@ -159,7 +161,7 @@ def text(cell: Any) -> str:
 def environment() -> dict[str, Any]:
     """What a measurement cannot be read without."""
     return {
-        "cpu": _cpu(),
+        "cpu": processor(),
         "machine": platform.machine(),
         "isa": _C.isa(),
         "threads": torch.get_num_threads(),
@@ -169,23 +171,25 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _cpu() -> str:
-    """The model's name; Linux also knows its numbers, which say more where a cloud hides it."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    facts = dict(
-        reversed([[s.strip() for s in line.split(":", 1)] for line in lines if ":" in line])
-    )
-    if "model name" not in facts:
-        return platform.processor() or platform.machine()
-    return f"{facts['model name']} (family {facts['cpu family']} model {facts['model']})"
-
-
 def _version(name: str) -> str:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "missing"
+
+
+def output_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that :func:`save` reads."""
+    parser.add_argument("--csv", type=Path, help="write the rows here, e.g. under bench/results")
+    parser.add_argument("--json", type=Path, help="write environment and rows here")
+
+
+def save(rows: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> None:
+    """What ``--csv`` and ``--json`` ask for."""
+    if args.csv:
+        save_csv(rows, args.csv)
+    if args.json:
+        save_json(rows, args.json)
 
 
 def save_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

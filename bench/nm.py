@@ -10,7 +10,6 @@ under a minute.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -97,8 +96,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="2 M elements, short timings")
     parser.add_argument("--size", type=int, default=4096, help="rows and, about, columns")
     parser.add_argument("--threads", type=int, help="default: torch's")
-    parser.add_argument("--csv", type=Path, help="write the rows here, e.g. under bench/results")
-    parser.add_argument("--json", type=Path, help="write environment and rows here")
+    harness.output_arguments(parser)
     args = parser.parse_args()
     size, seconds = (1448, 1.0) if args.quick else (args.size, 8.0)
     if args.threads:
@@ -113,10 +111,7 @@ def main() -> None:
             w, g = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
             rows.append(row(w, g, n, m, seconds))
     harness.print_table(rows)
-    if args.csv:
-        harness.save_csv(rows, args.csv)
-    if args.json:
-        harness.save_json(rows, args.json)
+    harness.save(rows, args)
 
 
 if __name__ == "__main__":

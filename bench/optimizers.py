@@ -22,7 +22,6 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -237,18 +236,14 @@ def largest(group: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--csv", type=Path, help="write the rows here, e.g. under bench/results")
-    parser.add_argument("--json", type=Path, help="write environment and rows here")
+    harness.output_arguments(parser)
     args = parser.parse_args()
     torch.set_num_threads(1)  # the tensors are tiny
 
     print(", ".join(f"{name} {value}" for name, value in harness.environment().items()))
     rows = [row(case) for case in cases()]
     harness.print_table(merged(rows))
-    if args.csv:
-        harness.save_csv(rows, args.csv)
-    if args.json:
-        harness.save_json(rows, args.json)
+    harness.save(rows, args)
 
     kinds = {n for n, k in vars(torch.optim).items() if inspect.isclass(k)} - {"Optimizer"}
     untried = sorted(

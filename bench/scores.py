@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,7 +81,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="1024 x 2048, short timings")
     parser.add_argument("--shape", type=int, nargs=2, default=(4096, 4096), metavar=("N", "K"))
     parser.add_argument("--threads", type=int, help="default: torch's")
-    parser.add_argument("--csv", type=Path, help="write the rows here, e.g. under bench/results")
+    harness.output_arguments(parser)
     args = parser.parse_args()
     shape, seconds = ((1024, 2048), 1.0) if args.quick else (tuple(args.shape), 4.0)
     if args.threads:
@@ -114,8 +113,7 @@ def main() -> None:
                 }
             )
     harness.print_table(rows)
-    if args.csv:
-        harness.save_csv(rows, args.csv)
+    harness.save(rows, args)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -169,7 +168,7 @@ def main() -> None:
     parser.add_argument("--numel", type=int, default=16_000_000, help="scores in all")
     parser.add_argument("--tensors", type=int, default=50, help="in how many tensors")
     parser.add_argument("--threads", type=int, help="default: torch's")
-    parser.add_argument("--csv", type=Path, help="write the rows here, e.g. under bench/results")
+    harness.output_arguments(parser)
     args = parser.parse_args()
     numel, seconds = (2_000_000, 1.0) if args.quick else (args.numel, 8.0)
     if args.threads:
@@ -191,8 +190,7 @@ def main() -> None:
     }.items():
         rows.append(given(name, scores, keep, seconds, numpy))
     harness.print_table(rows)
-    if args.csv:
-        harness.save_csv(rows, args.csv)
+    harness.save(rows, args)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ import argparse
 import importlib
 import itertools
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -350,13 +349,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer pairs: wider intervals")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--csv", type=Path, help="write the rows here, e.g. under bench/results")
-    parser.add_argument("--json", type=Path, help="write environment and rows here")
+    harness.output_arguments(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    clock, clock_name = time.perf_counter, "wall"
-    if args.threads == 1:
-        clock, clock_name = time.process_time, "cpu"
+    clock, clock_name = harness.clock()
 
     print(", ".join(f"{name} {value}" for name, value in harness.environment().items()))
     print(f"{clock_name} time")
@@ -367,10 +363,7 @@ def main() -> None:
         check(make)
         rows.append(row(name, sample(make, clock, pairs), clock_name))
     harness.print_table([shown(row) for row in rows])
-    if args.csv:
-        harness.save_csv(rows, args.csv)
-    if args.json:
-        harness.save_json(rows, args.json)
+    harness.save(rows, args)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ Tensor workspace(const Tensor& like, int64_t bytes) {
 }
 
 // All rows of the batch at once.
-void launch_rows(Args& args, const Tensor& like) {
+void launch_rows(Args args, const Tensor& like) {
   args.plan = SECATEUR_FOR_ISA(make_plan)(args);
   const Tensor x = workspace(like, args.plan.x_bytes);
   const Tensor dy = workspace(like, args.plan.dy_bytes);
@@ -99,22 +99,20 @@ void launch_rows(Args& args, const Tensor& like) {
 // A packed operand of this many rows is still in a cache when it is used.
 constexpr int64_t kRowsAtOnce = 640;
 
-// Rows of Forward and InputGradient do not depend on each other.
-void launch(const Args& args, const Tensor& like, int64_t itemsize) {
-  const bool apart = args.product != Product::WeightGradient;
-  const int64_t parts = apart ? ceil_div(args.batch, kRowsAtOnce) : 1;
+void launch(const Args& args, const Tensor& like) {
+  if (args.product == Product::WeightGradient) return launch_rows(args, like);
+  // The rows of the other products do not depend on each other.
+  const int64_t parts = ceil_div(args.batch, kRowsAtOnce);
   const int64_t rows = ceil_div(ceil_div(args.batch, parts), 64) * 64;
+  const int64_t itemsize = like.element_size();
   const int64_t features = args.product == Product::Forward ? args.out_features : args.in_features;
-  for (int64_t m = 0; m < args.batch || m == 0; m += rows) {
+  for (int64_t m = 0; m < args.batch; m += rows) {
     Args part = args;
-    if (apart) {
-      part.batch = std::min(rows, args.batch - m);
-      part.x = static_cast<const char*>(args.x) + m * args.x_stride * itemsize;
-      part.dy = static_cast<const char*>(args.dy) + m * args.dy_stride * itemsize;
-      part.out = static_cast<char*>(args.out) + m * features * itemsize;
-    }
+    part.batch = std::min(rows, args.batch - m);
+    part.x = static_cast<const char*>(args.x) + m * args.x_stride * itemsize;
+    part.dy = static_cast<const char*>(args.dy) + m * args.dy_stride * itemsize;
+    part.out = static_cast<char*>(args.out) + m * features * itemsize;
     launch_rows(part, like);
-    if (!apart) return;
   }
 }
 
@@ -143,7 +141,7 @@ Tensor forward_cpu(const Tensor& x, const Tensor& values, const std::optional<Te
   args.values = blocks.const_data_ptr();
   args.bias = bias ? offset.const_data_ptr() : nullptr;
   args.out = y.mutable_data_ptr();
-  launch(args, x, x.element_size());
+  launch(args, x);
   return y;
 }
 
@@ -164,7 +162,7 @@ Tensor input_gradient_cpu(const Tensor& dy, const Tensor& values, const Tensor& 
   args.dy_stride = left.stride(0);
   args.values = blocks.const_data_ptr();
   args.out = dx.mutable_data_ptr();
-  launch(args, dy, dy.element_size());
+  launch(args, dy);
   return dx;
 }
 
@@ -188,7 +186,7 @@ Tensor weight_gradient_cpu(const Tensor& dy, const Tensor& x, const Tensor& row_
   args.x = right.const_data_ptr();
   args.x_stride = right.stride(0);
   args.out = dw.mutable_data_ptr();
-  launch(args, dy, dy.element_size());
+  launch(args, dy);
   return dw;
 }
 

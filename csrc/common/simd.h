@@ -150,7 +150,7 @@ inline Vec<C, N> multiply_add(Vec<C, N> acc, Vec<E, N> left, Vec<E, N> right) {
                                                         reinterpret_cast<__m512bh>(left),
                                                         reinterpret_cast<__m512bh>(right)));
 #else
-    return acc;
+    static_assert(std::is_same_v<C, E>, "only where kHasPairs");
 #endif
   }
 }

@@ -29,6 +29,8 @@ from secateur.sparse import BlockSparse, block_size
 
 __all__ = ["Cost", "CostTable", "cost", "cost_table"]
 
+_Call = Callable[[], Tensor]
+
 DIRECTIONS = ("forward", "dx", "dw")
 _FORMAT = 1  # of the file
 
@@ -43,7 +45,7 @@ _POINTS = (
     (128, 512, 512, 0.6), (192, 1280, 320, 0.05), (256, 4096, 1024, 0.1), (256, 1024, 4096, 0.03),
     (384, 640, 640, 0.2), (512, 2048, 768, 0.05), (512, 768, 2048, 0.3), (768, 256, 1536, 0.1),
     (1024, 1024, 1024, 0.1), (1024, 2560, 512, 0.03), (1536, 512, 512, 0.5),
-    (2048, 1024, 512, 0.05),     (2048, 384, 1536, 0.1), (2048, 256, 256, 0.3),
+    (2048, 1024, 512, 0.05), (2048, 384, 1536, 0.1), (2048, 256, 256, 0.3),
 )  # fmt: skip
 # Dense products of few rows take other paths in each of these ranges; sparse ones only below 16.
 _DENSE_RANGES, _SPARSE_RANGES = (1, 2, 4, 8, 16), (1, 16)
@@ -82,7 +84,8 @@ def cost(
     """Predict what a linear layer costs with dense weights, and with live blocks only.
 
     On CPUs, with as many threads as torch uses now. What has not been measured on this machine yet
-    is measured first (seconds, with a progress bar) and kept in the user's cache directory.
+    is measured first (seconds, with a progress bar) and kept in the user's cache directory. A
+    prediction is rough: ``bench/costs.py`` shows how far off on layers that were not measured.
 
     Args:
         out_features, in_features: the weight's shape.
@@ -93,9 +96,12 @@ def cost(
         direction: ``"forward"``, ``"dx"`` (gradient of the input), ``"dw"`` (gradient of the
             weight), or several of them: their sum.
 
+    Returns:
+        Seconds, dense and sparse, each without bias.
+
     Raises:
-        TypeError: a number is no number, or ``dtype`` no floating-point dtype.
-        ValueError: a size below 1, a density outside [0, 1], another direction.
+        TypeError: a number is no number, or ``dtype`` none that the kernels have.
+        ValueError: a size below 1, a density outside [0, 1], another direction, or a damaged table.
 
     Example:
         >>> secateur.cost(4096, 1024, 2048, block=32, density=0.1).speedup
@@ -131,6 +137,9 @@ def cost_table(*, rebuild: bool = False) -> CostTable:
 
     Args:
         rebuild: forget what was measured, here and on disk.
+
+    Raises:
+        ValueError: the file that keeps it is damaged.
     """
     path = _cache_directory() / f"cost-{_key()}.json"
     if rebuild:
@@ -185,8 +194,9 @@ class CostTable:
         if key not in self._factors:
             chosen = _points_of(block, first)
             seconds = torch.tensor([self.timings[name][direction][i] for i in chosen]).double()
+            densities = _densities(block)
             terms = torch.stack(
-                [_terms(block, direction, _POINTS[i][:3], _density(block, i)) for i in chosen]
+                [_terms(block, direction, _POINTS[i][:3], densities[i]) for i in chosen]
             )
             self._factors[key] = _fit(terms, seconds)
         return float(_terms(block, direction, shape, density) @ self._factors[key])
@@ -195,23 +205,12 @@ class CostTable:
         """Where it is kept, and how far its own timings are from what it predicts for them."""
         lines = [f"CostTable of {_machine()}", f"  kept in {self.path}"]
         for name, by_direction in self.timings.items():
-            size, _, dtype = name.partition("/")
-            block = None if size == "dense" else tuple(map(int, size.split("x")))
-            for direction in by_direction:
+            block, dtype = _parsed(name)
+            for direction, measured in by_direction.items():
                 errors = [
-                    abs(
-                        self.predict(
-                            block,  # type: ignore[arg-type]
-                            getattr(torch, dtype),
-                            direction,
-                            point[:3],
-                            _density(block, i),  # type: ignore[arg-type]
-                        )
-                        / seconds
-                        - 1
-                    )
-                    for i, (point, seconds) in enumerate(
-                        zip(_POINTS, by_direction[direction], strict=True)
+                    abs(self.predict(block, dtype, direction, point[:3], density) / seconds - 1)
+                    for point, density, seconds in zip(
+                        _POINTS, _densities(block), measured, strict=True
                     )
                 ]
                 lines.append(
@@ -226,6 +225,15 @@ def _name(block: tuple[int, int] | None, dtype: torch.dtype) -> str:
     return f"{size}/{str(dtype).removeprefix('torch.')}"
 
 
+def _parsed(name: str) -> tuple[tuple[int, int] | None, torch.dtype]:
+    """The inverse of :func:`_name`."""
+    size, _, dtype = name.partition("/")
+    if size == "dense":
+        return None, getattr(torch, dtype)
+    rows, cols = map(int, size.split("x"))
+    return (rows, cols), getattr(torch, dtype)
+
+
 def _ranges(block: tuple[int, int] | None) -> tuple[int, ...]:
     return _DENSE_RANGES if block is None else _SPARSE_RANGES
 
@@ -236,8 +244,8 @@ def _points_of(block: tuple[int, int] | None, first: int) -> list[int]:
     return [i for i, (m, *_) in enumerate(_POINTS) if max(r for r in ranges if r <= m) == first]
 
 
-def _density(block: tuple[int, int] | None, point: int) -> float:
-    return 1.0 if block is None else _POINTS[point][3]
+def _densities(block: tuple[int, int] | None) -> list[float]:
+    return [1.0 if block is None else density for *_, density in _POINTS]
 
 
 def _terms(
@@ -301,48 +309,57 @@ def _measure(
     They take turns, since one that is repeated finds its operands in a cache, as no layer of a
     network does; and in two rounds, since neighbours on the machine come and go.
     """
-    rounds: list[list[list[list[float]]]] = [[[[], []] for _ in DIRECTIONS] for _ in _POINTS]
+    times: dict[str, list[tuple[list[float], list[float]]]] = {
+        direction: [([], []) for _ in _POINTS] for direction in DIRECTIONS
+    }
     order = [*range(len(_POINTS))] * 2
     # disable=None: no bar where nobody sees it.
     for i in tqdm(order, f"secateur measures {_name(block, dtype)}", disable=None):
-        for pair, times in zip(_products(block, dtype, i), rounds[i], strict=True):
-            _time(pair, times)
+        for direction, calls in products(_POINTS[i][0], _weight(block, dtype, i)).items():
+            _time(calls, times[direction][i])
     dense, sparse = (
         {
-            direction: [statistics.median(point[j][kind]) for point in rounds]
-            for j, direction in enumerate(DIRECTIONS)
+            direction: [statistics.median(pair[kind]) for pair in pairs]
+            for direction, pairs in times.items()
         }
         for kind in (0, 1)
     )
     return dense, sparse
 
 
-def _products(
-    block: tuple[int, int], dtype: torch.dtype, point: int
-) -> tuple[tuple[Callable[[], Tensor], Callable[[], Tensor]], ...]:
-    """Dense and sparse, in the order of ``DIRECTIONS``."""
-    m, n, k, density = _POINTS[point]
+def _weight(block: tuple[int, int], dtype: torch.dtype, point: int) -> BlockSparse:
+    _, n, k, density = _POINTS[point]
     generator = torch.Generator().manual_seed(point)
-    x, dy, weight = (
-        torch.randn(shape, generator=generator).to(dtype) for shape in ((m, k), (m, n), (n, k))
-    )
     grid = (-(-n // block[0]), -(-k // block[1]))
     order = torch.randperm(grid[0] * grid[1], generator=generator)
     mask = (order < max(1, round(density * len(order)))).view(grid)
-    sparse = BlockSparse.from_dense(weight, block, mask)
-    values, pattern = sparse.values, sparse.pattern.tensors()
+    return BlockSparse.from_dense(torch.randn(n, k, generator=generator).to(dtype), block, mask)
+
+
+def products(rows: int, weight: BlockSparse) -> dict[str, tuple[_Call, _Call]]:
+    """The dense and the sparse product of each of ``DIRECTIONS``, on random operands."""
+    n, k = weight.shape
+    generator = torch.Generator().manual_seed(rows)
+    x, dy, dense = (
+        torch.randn(shape, generator=generator).to(weight.values.dtype)
+        for shape in ((rows, k), (rows, n), (n, k))
+    )
+    values, pattern = weight.values, weight.pattern.tensors()
     ops = torch.ops.secateur
-    return (
-        (
-            lambda: x @ weight.t(),
+    return {
+        "forward": (
+            lambda: x @ dense.t(),
             lambda: ops.block_sparse_linear(x, values, None, *pattern, n),
         ),
-        (lambda: dy @ weight, lambda: ops.block_sparse_linear_dx(dy, values, *pattern, k)),
-        (lambda: dy.t() @ x, lambda: ops.block_sparse_linear_dw(dy, x, *pattern, *block)),
-    )
+        "dx": (lambda: dy @ dense, lambda: ops.block_sparse_linear_dx(dy, values, *pattern, k)),
+        "dw": (
+            lambda: dy.t() @ x,
+            lambda: ops.block_sparse_linear_dw(dy, x, *pattern, *weight.block),
+        ),
+    }
 
 
-def _time(calls: Sequence[Callable[[], Tensor]], times: Sequence[list[float]]) -> None:
+def _time(calls: Sequence[_Call], times: Sequence[list[float]]) -> None:
     for call in calls:
         call()
     begin = time.perf_counter()
@@ -357,7 +374,7 @@ def _time(calls: Sequence[Callable[[], Tensor]], times: Sequence[list[float]]) -
 
 def _machine() -> str:
     return (
-        f"{_processor()}, {_C.isa()}, {torch.get_num_threads()} threads, torch "
+        f"{processor()}, {_C.isa()}, {torch.get_num_threads()} threads, torch "
         f"{torch.__version__}, secateur {_C.build_info()['version']}"
     )
 
@@ -366,22 +383,25 @@ def _key() -> str:
     return hashlib.sha256(f"{_FORMAT} {_machine()} {_POINTS}".encode()).hexdigest()[:16]
 
 
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+def processor() -> str:
+    """The processor's model, with its numbers on Linux, where a cloud may hide the name."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    facts = dict(
+        reversed([[s.strip() for s in line.split(":", 1)] for line in lines if ":" in line])
+    )
+    if "model name" not in facts:
+        return platform.processor() or platform.machine()
+    return f"{facts['model name']} (family {facts['cpu family']} model {facts['model']})"
 
 
 def _cache_directory() -> Path:
     if os.environ.get("XDG_CACHE_HOME"):
         return Path(os.environ["XDG_CACHE_HOME"]) / "secateur"
-    homes = {"darwin": Path.home() / "Library" / "Caches"}
     if sys.platform == "win32":
         return Path(os.environ["LOCALAPPDATA"]) / "secateur"
-    return homes.get(sys.platform, Path.home() / ".cache") / "secateur"
+    mac = sys.platform == "darwin"
+    return Path.home() / ("Library/Caches" if mac else ".cache") / "secateur"
 
 
 def _read(path: Path) -> dict[str, dict[str, list[float]]]:
