@@ -59,6 +59,9 @@ struct Args {
   const void* values;
   const void* bias;  // may be null
   void* out;         // contiguous
+  // The rows of a batch may come in parts. Values are packed with the first; dW is summed in fp32
+  // and written with the last.
+  bool first_part, last_part;
   Plan plan;
   void *x_space, *dy_space, *values_space;
 };

@@ -26,10 +26,11 @@ namespace {
 
 // Fewer rows than this do not pay for transposing the weights.
 constexpr int64_t kFewRows = 16;
-constexpr int64_t kBatchLanes = 64;           // rows of the batch in one transposed panel
-constexpr int64_t kFewLanes = 16;             // the same for small batches and for Features
-constexpr int64_t kFeatureRows = 64;          // rows of the batch in one task of Features
-constexpr int64_t kFeatureChunk = 16;         // output features that Batch transposes at a time
+constexpr int64_t kBatchLanes = 64;    // rows of the batch in one transposed panel
+constexpr int64_t kFewLanes = 16;      // the same for small batches and for Features
+constexpr int64_t kFeatureRows = 64;   // rows of the batch in one task of Features
+constexpr int64_t kFeatureChunk = 16;  // output features that Batch transposes at a time
+constexpr int64_t kPackRows = 8;
 constexpr int64_t kSmallBlock = 16;           // weights
 constexpr int64_t kTaskMultiplies = 1 << 16;  // worth waking a thread
 
@@ -155,12 +156,15 @@ void widen_range(const T* from, Compute<T>* to, int64_t count) {
 template <typename T>
 void pack_panels(const T* from, int64_t stride, int64_t batch, int64_t features, int64_t block,
                  Compute<T>* to, int64_t begin, int64_t end) {
-  for (int64_t f = 0; f < features; f += block) {
-    const int64_t count = std::min(block, features - f);
-    Compute<T>* const panel = to + f * batch;
-    for (int64_t m = begin; m < end; ++m) {
-      widen_range(from + m * stride + f, panel + m * block, count);
-      for (int64_t i = count; i < block; ++i) panel[m * block + i] = 0;
+  // A few rows at a time: memory streams along rows, and a panel gets more than a line of each.
+  for (int64_t m0 = begin; m0 < end; m0 += kPackRows) {
+    for (int64_t f = 0; f < features; f += block) {
+      const int64_t count = std::min(block, features - f);
+      Compute<T>* const panel = to + f * batch;
+      for (int64_t m = m0; m < std::min(m0 + kPackRows, end); ++m) {
+        widen_range(from + m * stride + f, panel + m * block, count);
+        for (int64_t i = count; i < block; ++i) panel[m * block + i] = 0;
+      }
     }
   }
 }
@@ -569,22 +573,33 @@ void run_outer(const Args& g, int64_t begin, int64_t end) {
   // Rows of the batch whose share of both panels stays in L1 while the tiles of a part pass over
   // it.
   const int64_t depth = 4096 / (std::min(g.rows, kPart) + std::min(g.cols, kPart));
+  // What earlier parts of the batch have summed, where rounding it would lose digits.
+  C* const sums = static_cast<C*>(std::is_same_v<T, C> ? g.out : g.values_space);
   alignas(64) C part[kPart * kPart];
   for (int64_t p = begin; p < end; ++p) {
     const int64_t live_rows = std::min(g.rows, g.out_features - g.row_of[p] * g.rows);
     const int64_t live_cols = std::min(g.cols, g.in_features - g.col[p] * g.cols);
-    T* const out = static_cast<T*>(g.out) + p * g.rows * g.cols;
     for (int64_t i0 = 0; i0 < g.rows; i0 += kPart) {
       for (int64_t j0 = 0; j0 < g.cols; j0 += kPart) {
         const int64_t rows = std::min(kPart, g.rows - i0), cols = std::min(kPart, g.cols - j0);
-        std::fill_n(part, rows * kPart, C{0});
+        const int64_t place = (p * g.rows + i0) * g.cols + j0;
+        if (g.first_part)
+          std::fill_n(part, rows * kPart, C{0});
+        else
+          for (int64_t i = 0; i < rows; ++i)
+            std::copy_n(sums + place + i * g.cols, cols, part + i * kPart);
         for (int64_t m = 0; m < batch; m += depth)
           outer_part<C, W>(dy.base + g.row_of[p] * dy.panel_stride + m * dy.row_stride + i0,
                            dy.row_stride,
                            x.base + g.col[p] * x.panel_stride + m * x.row_stride + j0, x.row_stride,
                            std::min(depth, batch - m), part, rows, cols);
+        if (!g.last_part) {
+          for (int64_t i = 0; i < rows; ++i)
+            std::copy_n(part + i * kPart, cols, sums + place + i * g.cols);
+          continue;
+        }
         for (int64_t i = 0; i < rows; ++i) {
-          T* const to = out + (i0 + i) * g.cols + j0;
+          T* const to = static_cast<T*>(g.out) + place + i * g.cols;
           const int64_t live =
               i0 + i < live_rows ? std::clamp<int64_t>(live_cols - j0, 0, cols) : 0;
           for (int64_t j = 0; j < cols; j += W)
@@ -694,7 +709,7 @@ void run_dot_weights(const Args& g, int64_t begin, int64_t end) {
       if (block_size == 1) {
         dot_single_weights<C>(g, line, dy + (panel * g.out_features + line) * lanes,
                               x + panel * g.in_features * lanes, std::min(step, panels - panel),
-                              panel > 0, out);
+                              panel > 0 || !g.first_part, out);
         return;
       }
       for (int64_t i = 0; i < g.rows; ++i) {
@@ -702,11 +717,13 @@ void run_dot_weights(const Args& g, int64_t begin, int64_t end) {
         const bool inside = feature < g.out_features;
         dot_weights<C>(g, line, i, dy + (panel * g.out_features + (inside ? feature : 0)) * lanes,
                        x + panel * g.in_features * lanes,
-                       inside ? std::min(step, panels - panel) : 0, panel > 0, out);
+                       inside ? std::min(step, panels - panel) : 0, panel > 0 || !g.first_part,
+                       out);
       }
     });
   }
   if constexpr (kNarrow) {
+    if (!g.last_part) return;
     for_groups(g.row_ptr, g.block_rows, 1, begin, end, [&](int64_t, int64_t line) {
       const int64_t first = g.row_ptr[line] * block_size, last = g.row_ptr[line + 1] * block_size;
       T* const to = static_cast<T*>(g.out);
@@ -785,6 +802,7 @@ Plan plan_for(const Args& g) {
       lay_out_x(!kNarrow && few && g.in_features % g.cols == 0 ? Layout::InPlace : Layout::Panels);
       lay_out_dy(!kNarrow && few && g.out_features % g.rows == 0 ? Layout::InPlace
                                                                  : Layout::Panels);
+      if (kNarrow && !(g.first_part && g.last_part)) plan.values_bytes = values_bytes;
       plan.run = {g.n_blocks, std::max<int64_t>(
                                   1, kTaskMultiplies / std::max<int64_t>(1, block_size * g.batch))};
     } else {

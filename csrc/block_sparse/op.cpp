@@ -77,42 +77,46 @@ Tensor workspace(const Tensor& like, int64_t bytes) {
   return space;
 }
 
-// All rows of the batch at once.
-void launch_rows(Args args, const Tensor& like) {
-  args.plan = SECATEUR_FOR_ISA(make_plan)(args);
-  const Tensor x = workspace(like, args.plan.x_bytes);
-  const Tensor dy = workspace(like, args.plan.dy_bytes);
-  const Tensor values = workspace(like, args.plan.values_bytes);
-  args.x_space = args.plan.x_bytes ? x.mutable_data_ptr() : nullptr;
-  args.dy_space = args.plan.dy_bytes ? dy.mutable_data_ptr() : nullptr;
-  args.values_space = args.plan.values_bytes ? values.mutable_data_ptr() : nullptr;
-  const auto parallel = [&](const Stage& stage, RunStage* run) {
-    torch::stable::parallel_for(0, stage.items, stage.grain,
-                                [&](int64_t begin, int64_t end) { run(args, begin, end); });
-  };
-  parallel(args.plan.pack_x, SECATEUR_FOR_ISA(pack_x));
-  parallel(args.plan.pack_dy, SECATEUR_FOR_ISA(pack_dy));
-  parallel(args.plan.pack_values, SECATEUR_FOR_ISA(pack_values));
-  parallel(args.plan.run, SECATEUR_FOR_ISA(run));
-}
-
-// A packed operand of this many rows is still in a cache when it is used.
-constexpr int64_t kRowsAtOnce = 640;
+// Rows of the batch that are packed and multiplied at a time: what is packed is still in a cache
+// when it is used, and the workspaces stay small. The last part takes what is left over.
+constexpr int64_t kRowsAtOnce = 512;
 
 void launch(const Args& args, const Tensor& like) {
-  if (args.product == Product::WeightGradient) return launch_rows(args, like);
-  // The rows of the other products do not depend on each other.
-  const int64_t parts = ceil_div(args.batch, kRowsAtOnce);
-  const int64_t rows = ceil_div(ceil_div(args.batch, parts), 64) * 64;
+  const int64_t parts = std::max<int64_t>(1, args.batch / kRowsAtOnce);
+  const int64_t rows = parts == 1 ? args.batch : args.batch / parts / 64 * 64;
   const int64_t itemsize = like.element_size();
-  const int64_t features = args.product == Product::Forward ? args.out_features : args.in_features;
-  for (int64_t m = 0; m < args.batch; m += rows) {
+  const auto part_at = [&](int64_t i) {
+    const int64_t m = i * rows;
     Args part = args;
-    part.batch = std::min(rows, args.batch - m);
+    part.first_part = i == 0;
+    part.last_part = i == parts - 1;
+    part.batch = part.last_part ? args.batch - m : rows;
     part.x = static_cast<const char*>(args.x) + m * args.x_stride * itemsize;
     part.dy = static_cast<const char*>(args.dy) + m * args.dy_stride * itemsize;
-    part.out = static_cast<char*>(args.out) + m * features * itemsize;
-    launch_rows(part, like);
+    if (args.product == Product::Forward)
+      part.out = static_cast<char*>(args.out) + m * args.out_features * itemsize;
+    if (args.product == Product::InputGradient)
+      part.out = static_cast<char*>(args.out) + m * args.in_features * itemsize;
+    part.plan = SECATEUR_FOR_ISA(make_plan)(part);
+    return part;
+  };
+  const Plan largest = part_at(parts - 1).plan;
+  const Tensor x = workspace(like, largest.x_bytes);
+  const Tensor dy = workspace(like, largest.dy_bytes);
+  const Tensor values = workspace(like, largest.values_bytes);
+  for (int64_t i = 0; i < parts; ++i) {
+    Args part = part_at(i);
+    part.x_space = x.mutable_data_ptr();
+    part.dy_space = dy.mutable_data_ptr();
+    part.values_space = largest.values_bytes ? values.mutable_data_ptr() : nullptr;
+    const auto parallel = [&](const Stage& stage, RunStage* run) {
+      torch::stable::parallel_for(0, stage.items, stage.grain,
+                                  [&](int64_t begin, int64_t end) { run(part, begin, end); });
+    };
+    parallel(part.plan.pack_x, SECATEUR_FOR_ISA(pack_x));
+    parallel(part.plan.pack_dy, SECATEUR_FOR_ISA(pack_dy));
+    if (part.first_part) parallel(part.plan.pack_values, SECATEUR_FOR_ISA(pack_values));
+    parallel(part.plan.run, SECATEUR_FOR_ISA(run));
   }
 }
 
