@@ -838,8 +838,8 @@ Plan plan_for(const Args& g) {
   } else {
     plan.method = Method::Features;
     plan.panel = kFewLanes;
-    // Tiles one vector wide read many rows at once, too many to follow where they lie.
-    const bool in_place = (!kNarrow || plan.pairs) && (few || s.line_width >= 2 * W);
+    // Narrow tiles read many rows at once, too many to follow where they lie.
+    const bool in_place = (!kNarrow || plan.pairs) && (few || s.line_width >= 4 * W);
     lay_out_left(in_place ? Layout::InPlace : Layout::Transposed);
     plan.transpose_values = forward;
     if (forward || (kNarrow && !few)) copy_values();
