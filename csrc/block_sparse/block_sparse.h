@@ -18,7 +18,7 @@ enum class Product : int32_t {
 enum class Layout : int32_t {
   InPlace,     // as given
   Panels,      // [features / block][batch][block], zero beyond the last feature
-  Transposed,  // [batch / kPanel][features][kPanel], zero beyond the last row
+  Transposed,  // [batch / panel][features][panel], zero beyond the last row
 };
 
 // Which loop runs over the vector lanes; see cpu.cpp.
@@ -62,6 +62,7 @@ struct Args {
   // The rows of a batch may come in parts. Values are packed with the first; dW is summed in fp32
   // and written with the last.
   bool first_part, last_part;
+  bool shares_dy;  // dX and dW are computed together: dY had better be packed for both
   Plan plan;
   void *x_space, *dy_space, *values_space;
 };

@@ -534,9 +534,22 @@ Panels<E> panels_of(Layout layout, const void* data, int64_t stride, const void*
 
 constexpr int64_t kPart = 64;  // rows and columns of a block that are accumulated at a time
 
-// part[i..][j..] += dy^T x over `depth` rows of the batch, in tiles of R, then R / 2, ... rows.
-template <typename C, int W, int R, int NV, typename E>
-inline void outer_rows(const E* dy, int64_t dy_stride, const E* x, int64_t x_stride, int64_t depth,
+// dY as the broadcast operand: the element of feature i and row m of the batch is at
+// at(m)[i * line + (m % lanes) * step].
+template <typename E, typename Line, typename Step>
+struct Broadcast {
+  const E* base;
+  Line line;
+  Step step;
+  int64_t lanes, lanes_stride;
+
+  const E* at(int64_t m) const { return base + m / lanes * lanes_stride + m % lanes * step; }
+};
+
+// part[i..][j..] += dy^T x over rows [begin, end) of the batch, in tiles of R, then R / 2, ...
+// rows.
+template <typename C, int W, int R, int NV, typename E, typename D>
+inline void outer_rows(const D& dy, const E* x, int64_t x_stride, int64_t begin, int64_t end,
                        C* part, int64_t i, int64_t rows) {
   for (; i + R <= rows; i += R) {
     Tile<C, R, NV, W> tile;
@@ -544,22 +557,23 @@ inline void outer_rows(const E* dy, int64_t dy_stride, const E* x, int64_t x_str
     unroll<R>([&](auto r) SECATEUR_INLINE {
       unroll<NV>([&](auto v) SECATEUR_INLINE { tile.acc[r][v] = load<W>(to + r * kPart + v * W); });
     });
-    multiply_add(tile, dy + i, One{}, dy_stride, x, x_stride, depth);
+    for (int64_t m = begin; m < end; m += dy.lanes)
+      multiply_add(tile, dy.at(m) + i * dy.line, dy.line, dy.step, x + m * x_stride, x_stride,
+                   std::min(dy.lanes, end - m));
     unroll<R>([&](auto r) SECATEUR_INLINE {
       unroll<NV>([&](auto v) SECATEUR_INLINE { store<W>(to + r * kPart + v * W, tile.acc[r][v]); });
     });
   }
   if constexpr (R > 1)
-    if (i < rows) outer_rows<C, W, R / 2, NV>(dy, dy_stride, x, x_stride, depth, part, i, rows);
+    if (i < rows) outer_rows<C, W, R / 2, NV>(dy, x, x_stride, begin, end, part, i, rows);
 }
 
-template <typename C, int W, typename E>
-void outer_part(const E* dy, int64_t dy_stride, const E* x, int64_t x_stride, int64_t depth,
-                C* part, int64_t rows, int64_t cols) {
+template <typename C, int W, typename E, typename D>
+void outer_part(const D& dy, const E* x, int64_t x_stride, int64_t begin, int64_t end, C* part,
+                int64_t rows, int64_t cols) {
   for_vectors<W>(cols, cols, [&](auto nv, int64_t j) {
     constexpr int NV = decltype(nv)::value;
-    outer_rows<C, W, kAccumulators / NV, NV>(dy, dy_stride, x + j, x_stride, depth, part + j, 0,
-                                             rows);
+    outer_rows<C, W, kAccumulators / NV, NV>(dy, x + j, x_stride, begin, end, part + j, 0, rows);
   });
 }
 
@@ -572,7 +586,9 @@ void run_outer(const Args& g, int64_t begin, int64_t end) {
   const auto x = panels_of<E>(g.plan.x, g.x, g.x_stride, g.x_space, g.cols, batch);
   // Rows of the batch whose share of both panels stays in L1 while the tiles of a part pass over
   // it.
-  const int64_t depth = 4096 / (std::min(g.rows, kPart) + std::min(g.cols, kPart));
+  const int64_t depth =
+      ceil_div(4096 / (std::min(g.rows, kPart) + std::min(g.cols, kPart)), g.plan.panel) *
+      g.plan.panel;
   // What earlier parts of the batch have summed, where rounding it would lose digits.
   C* const sums = static_cast<C*>(std::is_same_v<T, C> ? g.out : g.values_space);
   alignas(64) C part[kPart * kPart];
@@ -581,27 +597,42 @@ void run_outer(const Args& g, int64_t begin, int64_t end) {
     const int64_t live_cols = std::min(g.cols, g.in_features - g.col[p] * g.cols);
     for (int64_t i0 = 0; i0 < g.rows; i0 += kPart) {
       for (int64_t j0 = 0; j0 < g.cols; j0 += kPart) {
-        const int64_t rows = std::min(kPart, g.rows - i0), cols = std::min(kPart, g.cols - j0);
+        const int64_t rows = std::clamp<int64_t>(live_rows - i0, 0, kPart);
+        const int64_t cols = std::min(kPart, g.cols - j0);
         const int64_t place = (p * g.rows + i0) * g.cols + j0;
         if (g.first_part)
           std::fill_n(part, rows * kPart, C{0});
         else
           for (int64_t i = 0; i < rows; ++i)
             std::copy_n(sums + place + i * g.cols, cols, part + i * kPart);
-        for (int64_t m = 0; m < batch; m += depth)
-          outer_part<C, W>(dy.base + g.row_of[p] * dy.panel_stride + m * dy.row_stride + i0,
-                           dy.row_stride,
-                           x.base + g.col[p] * x.panel_stride + m * x.row_stride + j0, x.row_stride,
-                           std::min(depth, batch - m), part, rows, cols);
+        const E* const right = x.base + g.col[p] * x.panel_stride + j0;
+        const auto sum = [&](const auto& left) {
+          for (int64_t m = 0; m < batch; m += depth)
+            outer_part<C, W>(left, right, x.row_stride, m, std::min(m + depth, batch), part, rows,
+                             cols);
+        };
+        if (g.plan.dy == Layout::Transposed) {
+          const E* const left =
+              static_cast<const E*>(g.dy_space) + (g.row_of[p] * g.rows + i0) * g.plan.panel;
+          const auto sum_lanes = [&](auto lanes) {
+            sum(Broadcast<E, decltype(lanes), One>{left, {}, {}, lanes, g.out_features * lanes});
+          };
+          if (g.plan.panel == kFewLanes)
+            sum_lanes(std::integral_constant<int64_t, kFewLanes>{});
+          else
+            sum_lanes(std::integral_constant<int64_t, kBatchLanes>{});
+        } else {
+          sum(Broadcast<E, One, int64_t>{
+              dy.base + g.row_of[p] * dy.panel_stride + i0, {}, dy.row_stride, batch, 0});
+        }
         if (!g.last_part) {
           for (int64_t i = 0; i < rows; ++i)
             std::copy_n(part + i * kPart, cols, sums + place + i * g.cols);
           continue;
         }
-        for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t i = 0; i < std::min(kPart, g.rows - i0); ++i) {
           T* const to = static_cast<T*>(g.out) + place + i * g.cols;
-          const int64_t live =
-              i0 + i < live_rows ? std::clamp<int64_t>(live_cols - j0, 0, cols) : 0;
+          const int64_t live = i < rows ? std::clamp<int64_t>(live_cols - j0, 0, cols) : 0;
           for (int64_t j = 0; j < cols; j += W)
             store<W>(to + j, load_first<W>(part + i * kPart + j, std::max<int64_t>(0, live - j)));
         }
@@ -799,9 +830,11 @@ Plan plan_for(const Args& g) {
   if (g.product == Product::WeightGradient) {
     if (g.rows >= 4 && g.cols % kHalfLanes<C> == 0) {
       plan.method = Method::Features;
+      plan.panel = g.rows % W == 0 && g.cols % W == 0 ? kFewLanes : batch_lanes;  // as for dX
       lay_out_x(!kNarrow && few && g.in_features % g.cols == 0 ? Layout::InPlace : Layout::Panels);
-      lay_out_dy(!kNarrow && few && g.out_features % g.rows == 0 ? Layout::InPlace
-                                                                 : Layout::Panels);
+      lay_out_dy(!kNarrow && few ? Layout::InPlace
+                 : plan.pairs    ? Layout::Panels
+                                 : Layout::Transposed);
       if (kNarrow && !(g.first_part && g.last_part)) plan.values_bytes = values_bytes;
       plan.run = {g.n_blocks, std::max<int64_t>(
                                   1, kTaskMultiplies / std::max<int64_t>(1, block_size * g.batch))};
@@ -839,7 +872,8 @@ Plan plan_for(const Args& g) {
     plan.method = Method::Features;
     plan.panel = kFewLanes;
     // Narrow tiles read many rows at once, too many to follow where they lie.
-    const bool in_place = (!kNarrow || plan.pairs) && (few || s.line_width >= 4 * W);
+    const bool in_place = (!kNarrow || plan.pairs) &&
+                          (few || (s.line_width >= 4 * W && (!g.shares_dy || plan.pairs)));
     lay_out_left(in_place ? Layout::InPlace : Layout::Transposed);
     plan.transpose_values = forward;
     if (forward || (kNarrow && !few)) copy_values();

@@ -1,5 +1,8 @@
 #include <algorithm>
 #include <optional>
+#include <tuple>
+#include <utility>
+#include <vector>
 
 #include "block_sparse/block_sparse.h"
 #include "common/torch.h"
@@ -10,6 +13,7 @@ namespace {
 constexpr char kForward[] = "block_sparse_linear";
 constexpr char kInputGradient[] = "block_sparse_linear_dx";
 constexpr char kWeightGradient[] = "block_sparse_linear_dw";
+constexpr char kBackward[] = "block_sparse_linear_backward";
 
 struct Pattern {
   const Tensor &row_ptr, &col, &row_of, &col_ptr, &row_t, &position_t;
@@ -71,127 +75,181 @@ Tensor unit_stride(const Tensor& t) {
   return t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
 }
 
-Tensor workspace(const Tensor& like, int64_t bytes) {
-  const Tensor space = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
-  prefer_huge_pages(space);
-  return space;
-}
-
 // Rows of the batch that are packed and multiplied at a time: what is packed is still in a cache
 // when it is used, and the workspaces stay small. The last part takes what is left over.
 constexpr int64_t kRowsAtOnce = 512;
 
-void launch(const Args& args, const Tensor& like) {
-  const int64_t parts = std::max<int64_t>(1, args.batch / kRowsAtOnce);
-  const int64_t rows = parts == 1 ? args.batch : args.batch / parts / 64 * 64;
-  const int64_t itemsize = like.element_size();
-  const auto part_at = [&](int64_t i) {
-    const int64_t m = i * rows;
-    Args part = args;
-    part.first_part = i == 0;
-    part.last_part = i == parts - 1;
-    part.batch = part.last_part ? args.batch - m : rows;
-    part.x = static_cast<const char*>(args.x) + m * args.x_stride * itemsize;
-    part.dy = static_cast<const char*>(args.dy) + m * args.dy_stride * itemsize;
-    if (args.product == Product::Forward)
-      part.out = static_cast<char*>(args.out) + m * args.out_features * itemsize;
-    if (args.product == Product::InputGradient)
-      part.out = static_cast<char*>(args.out) + m * args.in_features * itemsize;
-    part.plan = SECATEUR_FOR_ISA(make_plan)(part);
-    return part;
+// One product: what launch() computes into `out`, and the tensors that its arguments point into.
+struct Call {
+  Args args;
+  Tensor out;
+  std::vector<Tensor> inputs;
+};
+
+Call call_of(const Args& args, const Tensor& like, std::initializer_list<int64_t> shape,
+             std::vector<Tensor> inputs) {
+  Call call{args, torch::stable::new_empty(like, shape), std::move(inputs)};
+  call.args.out = call.out.mutable_data_ptr();
+  prefer_huge_pages(call.out);
+  return call;
+}
+
+Args part_of(const Args& args, int64_t index, int64_t parts, int64_t itemsize) {
+  const int64_t rows = parts == 1 ? args.batch : args.batch / parts / 64 * 64, m = index * rows;
+  const auto at_row = [&](const void* data, int64_t stride) {
+    return static_cast<const char*>(data) + m * stride * itemsize;
   };
-  const Plan largest = part_at(parts - 1).plan;
-  const Tensor x = workspace(like, largest.x_bytes);
-  const Tensor dy = workspace(like, largest.dy_bytes);
-  const Tensor values = workspace(like, largest.values_bytes);
-  for (int64_t i = 0; i < parts; ++i) {
-    Args part = part_at(i);
-    part.x_space = x.mutable_data_ptr();
-    part.dy_space = dy.mutable_data_ptr();
-    part.values_space = largest.values_bytes ? values.mutable_data_ptr() : nullptr;
-    const auto parallel = [&](const Stage& stage, RunStage* run) {
-      torch::stable::parallel_for(0, stage.items, stage.grain,
-                                  [&](int64_t begin, int64_t end) { run(part, begin, end); });
+  Args part = args;
+  part.first_part = index == 0;
+  part.last_part = index == parts - 1;
+  part.batch = part.last_part ? args.batch - m : rows;
+  part.x = at_row(args.x, args.x_stride);
+  part.dy = at_row(args.dy, args.dy_stride);
+  if (args.product != Product::WeightGradient)
+    part.out = const_cast<char*>(
+        at_row(args.out, args.product == Product::Forward ? args.out_features : args.in_features));
+  part.plan = SECATEUR_FOR_ISA(make_plan)(part);
+  return part;
+}
+
+// Whether `second` may take dY as it was packed for `first`.
+bool same_packed_dy(const Plan& first, const Plan& second) {
+  return first.dy == Layout::Transposed && second.dy == Layout::Transposed &&
+         first.panel == second.panel && first.pairs == second.pairs;
+}
+
+// One product, or dX and dW of the same dY.
+void launch(std::vector<Call> calls) {
+  std::erase_if(calls, [](const Call& call) { return call.out.numel() == 0; });
+  if (calls.empty()) return;
+  const Tensor& like = calls[0].out;
+  const int64_t itemsize = like.element_size();
+  const int64_t parts = std::max<int64_t>(1, calls[0].args.batch / kRowsAtOnce);
+  bool shared = false;
+  for (Call& call : calls) {
+    const Plan largest = part_of(call.args, parts - 1, parts, itemsize).plan;
+    shared = &call != &calls[0] && same_packed_dy(calls[0].args.plan, largest);
+    const auto space = [&](int64_t bytes) -> void* {
+      if (bytes == 0) return nullptr;
+      call.inputs.push_back(torch::stable::new_empty(like, {bytes}, ScalarType::Byte));
+      prefer_huge_pages(call.inputs.back());
+      return call.inputs.back().mutable_data_ptr();
     };
-    parallel(part.plan.pack_x, SECATEUR_FOR_ISA(pack_x));
-    parallel(part.plan.pack_dy, SECATEUR_FOR_ISA(pack_dy));
-    if (part.first_part) parallel(part.plan.pack_values, SECATEUR_FOR_ISA(pack_values));
-    parallel(part.plan.run, SECATEUR_FOR_ISA(run));
+    call.args.plan = largest;
+    call.args.x_space = space(largest.x_bytes);
+    call.args.dy_space = shared ? calls[0].args.dy_space : space(largest.dy_bytes);
+    call.args.values_space = space(largest.values_bytes);
   }
+  for (int64_t index = 0; index < parts; ++index) {
+    for (const Call& call : calls) {
+      const Args part = part_of(call.args, index, parts, itemsize);
+      const auto parallel = [&](const Stage& stage, RunStage* run) {
+        torch::stable::parallel_for(0, stage.items, stage.grain,
+                                    [&](int64_t begin, int64_t end) { run(part, begin, end); });
+      };
+      parallel(part.plan.pack_x, SECATEUR_FOR_ISA(pack_x));
+      if (&call == &calls[0] || !shared) parallel(part.plan.pack_dy, SECATEUR_FOR_ISA(pack_dy));
+      if (part.first_part) parallel(part.plan.pack_values, SECATEUR_FOR_ISA(pack_values));
+      parallel(part.plan.run, SECATEUR_FOR_ISA(run));
+    }
+  }
+}
+
+Call forward(const Tensor& x, const Tensor& values, const std::optional<Tensor>& bias,
+             const Pattern& pattern, int64_t out_features) {
+  const Dtype dtype = dtype_of(x, kForward, "x");
+  check_matrix(kForward, "x", x, x.scalar_type());
+  check_values(kForward, values, pattern.col, x.scalar_type());
+  if (bias)
+    STD_TORCH_CHECK(
+        bias->dim() == 1 && bias->size(0) == out_features && bias->scalar_type() == x.scalar_type(),
+        kForward, ": expected bias to be ", out_features, " ", x.scalar_type(), ", got ",
+        bias->numel(), " ", bias->scalar_type());
+  Args args = make_args(kForward, Product::Forward, dtype, x.size(0), out_features, x.size(1),
+                        values.size(1), values.size(2), pattern);
+  const Tensor left = unit_stride(x), blocks = torch::stable::contiguous(values);
+  const Tensor offset = bias ? torch::stable::contiguous(*bias) : blocks;
+  args.x = left.const_data_ptr();
+  args.x_stride = left.stride(0);
+  args.values = blocks.const_data_ptr();
+  args.bias = bias ? offset.const_data_ptr() : nullptr;
+  return call_of(args, x, {args.batch, args.out_features}, {left, blocks, offset});
+}
+
+Call input_gradient(const char* op, const Tensor& dy, const Tensor& values, const Pattern& pattern,
+                    int64_t in_features) {
+  const Dtype dtype = dtype_of(dy, op, "dy");
+  check_matrix(op, "dy", dy, dy.scalar_type());
+  check_values(op, values, pattern.col, dy.scalar_type());
+  Args args = make_args(op, Product::InputGradient, dtype, dy.size(0), dy.size(1), in_features,
+                        values.size(1), values.size(2), pattern);
+  const Tensor left = unit_stride(dy), blocks = torch::stable::contiguous(values);
+  args.dy = left.const_data_ptr();
+  args.dy_stride = left.stride(0);
+  args.values = blocks.const_data_ptr();
+  return call_of(args, dy, {args.batch, args.in_features}, {left, blocks});
+}
+
+Call weight_gradient(const char* op, const Tensor& dy, const Tensor& x, const Pattern& pattern,
+                     int64_t rows, int64_t cols) {
+  const Dtype dtype = dtype_of(dy, op, "dy");
+  check_matrix(op, "dy", dy, dy.scalar_type());
+  check_matrix(op, "x", x, dy.scalar_type());
+  STD_TORCH_CHECK(x.size(0) == dy.size(0), op, ": expected x to have ", dy.size(0),
+                  " rows, as dy, got ", x.size(0));
+  Args args = make_args(op, Product::WeightGradient, dtype, dy.size(0), dy.size(1), x.size(1), rows,
+                        cols, pattern);
+  const Tensor left = unit_stride(dy), right = unit_stride(x);
+  args.dy = left.const_data_ptr();
+  args.dy_stride = left.stride(0);
+  args.x = right.const_data_ptr();
+  args.x_stride = right.stride(0);
+  return call_of(args, dy, {args.n_blocks, rows, cols}, {left, right});
 }
 
 Tensor forward_cpu(const Tensor& x, const Tensor& values, const std::optional<Tensor>& bias,
                    const Tensor& row_ptr, const Tensor& col, const Tensor& row_of,
                    const Tensor& col_ptr, const Tensor& row_t, const Tensor& position_t,
                    int64_t out_features) {
-  const Dtype dtype = dtype_of(x, kForward, "x");
-  check_matrix(kForward, "x", x, x.scalar_type());
-  check_values(kForward, values, col, x.scalar_type());
-  if (bias)
-    STD_TORCH_CHECK(
-        bias->dim() == 1 && bias->size(0) == out_features && bias->scalar_type() == x.scalar_type(),
-        kForward, ": expected bias to be ", out_features, " ", x.scalar_type(), ", got ",
-        bias->numel(), " ", bias->scalar_type());
-  Args args =
-      make_args(kForward, Product::Forward, dtype, x.size(0), out_features, x.size(1),
-                values.size(1), values.size(2), {row_ptr, col, row_of, col_ptr, row_t, position_t});
-  Tensor y = torch::stable::new_empty(x, {args.batch, args.out_features});
-  if (y.numel() == 0) return y;
-  prefer_huge_pages(y);
-  const Tensor left = unit_stride(x), blocks = torch::stable::contiguous(values);
-  const Tensor offset = bias ? torch::stable::contiguous(*bias) : y;
-  args.x = left.const_data_ptr();
-  args.x_stride = left.stride(0);
-  args.values = blocks.const_data_ptr();
-  args.bias = bias ? offset.const_data_ptr() : nullptr;
-  args.out = y.mutable_data_ptr();
-  launch(args, x);
-  return y;
+  const Call y =
+      forward(x, values, bias, {row_ptr, col, row_of, col_ptr, row_t, position_t}, out_features);
+  launch({y});
+  return y.out;
 }
 
 Tensor input_gradient_cpu(const Tensor& dy, const Tensor& values, const Tensor& row_ptr,
                           const Tensor& col, const Tensor& row_of, const Tensor& col_ptr,
                           const Tensor& row_t, const Tensor& position_t, int64_t in_features) {
-  const Dtype dtype = dtype_of(dy, kInputGradient, "dy");
-  check_matrix(kInputGradient, "dy", dy, dy.scalar_type());
-  check_values(kInputGradient, values, col, dy.scalar_type());
-  Args args =
-      make_args(kInputGradient, Product::InputGradient, dtype, dy.size(0), dy.size(1), in_features,
-                values.size(1), values.size(2), {row_ptr, col, row_of, col_ptr, row_t, position_t});
-  Tensor dx = torch::stable::new_empty(dy, {args.batch, args.in_features});
-  if (dx.numel() == 0) return dx;
-  prefer_huge_pages(dx);
-  const Tensor left = unit_stride(dy), blocks = torch::stable::contiguous(values);
-  args.dy = left.const_data_ptr();
-  args.dy_stride = left.stride(0);
-  args.values = blocks.const_data_ptr();
-  args.out = dx.mutable_data_ptr();
-  launch(args, dy);
-  return dx;
+  const Call dx = input_gradient(kInputGradient, dy, values,
+                                 {row_ptr, col, row_of, col_ptr, row_t, position_t}, in_features);
+  launch({dx});
+  return dx.out;
 }
 
 Tensor weight_gradient_cpu(const Tensor& dy, const Tensor& x, const Tensor& row_ptr,
                            const Tensor& col, const Tensor& row_of, const Tensor& col_ptr,
                            const Tensor& row_t, const Tensor& position_t, int64_t rows,
                            int64_t cols) {
-  const Dtype dtype = dtype_of(dy, kWeightGradient, "dy");
-  check_matrix(kWeightGradient, "dy", dy, dy.scalar_type());
-  check_matrix(kWeightGradient, "x", x, dy.scalar_type());
-  STD_TORCH_CHECK(x.size(0) == dy.size(0), kWeightGradient, ": expected x to have ", dy.size(0),
-                  " rows, as dy, got ", x.size(0));
-  Args args = make_args(kWeightGradient, Product::WeightGradient, dtype, dy.size(0), dy.size(1),
-                        x.size(1), rows, cols, {row_ptr, col, row_of, col_ptr, row_t, position_t});
-  Tensor dw = torch::stable::new_empty(dy, {args.n_blocks, rows, cols});
-  if (args.n_blocks == 0) return dw;
-  prefer_huge_pages(dw);
-  const Tensor left = unit_stride(dy), right = unit_stride(x);
-  args.dy = left.const_data_ptr();
-  args.dy_stride = left.stride(0);
-  args.x = right.const_data_ptr();
-  args.x_stride = right.stride(0);
-  args.out = dw.mutable_data_ptr();
-  launch(args, dy);
-  return dw;
+  const Call dw = weight_gradient(kWeightGradient, dy, x,
+                                  {row_ptr, col, row_of, col_ptr, row_t, position_t}, rows, cols);
+  launch({dw});
+  return dw.out;
+}
+
+// dX and dW at once: dY is read and packed once.
+std::tuple<Tensor, Tensor> backward_cpu(const Tensor& dy, const Tensor& x, const Tensor& values,
+                                        const Tensor& row_ptr, const Tensor& col,
+                                        const Tensor& row_of, const Tensor& col_ptr,
+                                        const Tensor& row_t, const Tensor& position_t) {
+  const Pattern pattern{row_ptr, col, row_of, col_ptr, row_t, position_t};
+  check_matrix(kBackward, "dy", dy, dy.scalar_type());
+  check_matrix(kBackward, "x", x, dy.scalar_type());
+  const Tensor left = unit_stride(dy);
+  Call dx = input_gradient(kBackward, left, values, pattern, x.size(1));
+  Call dw = weight_gradient(kBackward, left, x, pattern, values.size(1), values.size(2));
+  dx.args.shares_dy = dw.args.shares_dy = true;
+  launch({dx, dw});
+  return {dx.out, dw.out};
 }
 
 }  // namespace
@@ -207,11 +265,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(secateur, m) {
   m.def(
       "block_sparse_linear_dw(Tensor dy, Tensor x, Tensor row_ptr, Tensor col, Tensor row_of, "
       "Tensor col_ptr, Tensor row_t, Tensor position_t, int rows, int cols) -> Tensor");
+  m.def(
+      "block_sparse_linear_backward(Tensor dy, Tensor x, Tensor values, Tensor row_ptr, Tensor "
+      "col, Tensor row_of, Tensor col_ptr, Tensor row_t, Tensor position_t) -> (Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(secateur, CPU, m) {
   m.impl("block_sparse_linear", TORCH_BOX(&forward_cpu));
   m.impl("block_sparse_linear_dx", TORCH_BOX(&input_gradient_cpu));
   m.impl("block_sparse_linear_dw", TORCH_BOX(&weight_gradient_cpu));
+  m.impl("block_sparse_linear_backward", TORCH_BOX(&backward_cpu));
 }
 
 }  // namespace secateur::block_sparse

@@ -195,7 +195,7 @@ def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
 
 
-# The three ops take the pattern as six int32 tensors, in the order of Pattern.tensors(). They check
+# The ops take the pattern as six int32 tensors, in the order of Pattern.tensors(). They check
 # dtypes and sizes but not the indices: called with any others than a Pattern's, they read and write
 # out of bounds.
 
@@ -215,6 +215,11 @@ def _(dy: Tensor, x: Tensor, row_ptr: Tensor, col: Tensor, *pattern_and_block: A
     return dy.new_empty((col.shape[0], *pattern_and_block[-2:]))
 
 
+@torch.library.register_fake("secateur::block_sparse_linear_backward")
+def _(dy: Tensor, x: Tensor, values: Tensor, *pattern: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), values.new_empty(values.shape)
+
+
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, values, bias, *pattern, _ = inputs
     ctx.save_for_backward(x, values, *pattern)
@@ -225,8 +230,13 @@ def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     x, values, *pattern = ctx.saved_tensors
     ops = torch.ops.secateur
     needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
-    dx = ops.block_sparse_linear_dx(dy, values, *pattern, x.shape[1]) if needs_x else None
-    dw = ops.block_sparse_linear_dw(dy, x, *pattern, *values.shape[1:]) if needs_values else None
+    dx = dw = None
+    if needs_x and needs_values:
+        dx, dw = ops.block_sparse_linear_backward(dy, x, values, *pattern)
+    elif needs_x:
+        dx = ops.block_sparse_linear_dx(dy, values, *pattern, x.shape[1])
+    elif needs_values:
+        dw = ops.block_sparse_linear_dw(dy, x, *pattern, *values.shape[1:])
     return dx, dw, dy.sum(0) if needs_bias and ctx.has_bias else None, *[None] * 7
 
 
@@ -262,6 +272,26 @@ def _dw_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     )
 
 
+def _both_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _both_backward(ctx: Any, g_dx: Tensor, g_dw: Tensor) -> tuple[Any, ...]:
+    dy, x, values, *pattern = ctx.saved_tensors
+    ops = torch.ops.secateur
+    needs_dy, needs_x, needs_values = ctx.needs_input_grad[:3]
+    block = values.shape[1:]
+    return (
+        ops.block_sparse_linear(g_dx, values, None, *pattern, dy.shape[1])
+        + ops.block_sparse_linear(x, g_dw, None, *pattern, dy.shape[1])
+        if needs_dy
+        else None,
+        ops.block_sparse_linear_dx(dy, g_dw, *pattern, x.shape[1]) if needs_x else None,
+        ops.block_sparse_linear_dw(dy, g_dx, *pattern, *block) if needs_values else None,
+        *[None] * 6,
+    )
+
+
 torch.library.register_autograd(
     "secateur::block_sparse_linear", _linear_backward, setup_context=_linear_setup
 )
@@ -270,6 +300,9 @@ torch.library.register_autograd(
 )
 torch.library.register_autograd(
     "secateur::block_sparse_linear_dw", _dw_backward, setup_context=_dw_setup
+)
+torch.library.register_autograd(
+    "secateur::block_sparse_linear_backward", _both_backward, setup_context=_both_setup
 )
 
 
@@ -335,6 +368,24 @@ def block_sparse_linear_dw_reference(
     return grid[row_of.long(), col.long()].to(dy.dtype)
 
 
+def block_sparse_linear_backward_reference(
+    dy: Tensor,
+    x: Tensor,
+    values: Tensor,
+    row_ptr: Tensor,
+    col: Tensor,
+    row_of: Tensor,
+    col_ptr: Tensor,
+    row_t: Tensor,
+    position_t: Tensor,
+) -> tuple[Tensor, Tensor]:
+    pattern = row_ptr, col, row_of, col_ptr, row_t, position_t
+    return (
+        block_sparse_linear_dx_reference(dy, values, *pattern, x.shape[1]),
+        block_sparse_linear_dw_reference(dy, x, *pattern, *values.shape[1:]),
+    )
+
+
 # (batch, out_features, in_features, rows, cols, density)
 _CASES = (
     (3, 4, 5, 1, 1, 0.5),
@@ -359,6 +410,9 @@ _CASES = (
     (130, 37, 41, 3, 5, 0.3),
     (64, 24, 56, 24, 24, 0.5),
     (66, 48, 96, 48, 48, 0.5),
+    (1090, 33, 20, 16, 16, 0.5),
+    (1025, 9, 33, 8, 8, 0.7),
+    (1024, 20, 9, 1, 1, 0.4),
 )
 
 
@@ -416,6 +470,11 @@ def _dw_samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
         yield Sample(name, (dy, x, *pattern, rows, cols))
 
 
+def _backward_samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
+    for name, x, values, dy, pattern, _ in _problems(dtype, device):
+        yield Sample(name, (dy, x, values, *pattern))
+
+
 SPECS = (
     OpSpec(
         "block_sparse_linear", block_sparse_linear_reference, _linear_samples, differentiable=True
@@ -430,6 +489,12 @@ SPECS = (
         "block_sparse_linear_dw",
         block_sparse_linear_dw_reference,
         _dw_samples,
+        differentiable=True,
+    ),
+    OpSpec(
+        "block_sparse_linear_backward",
+        block_sparse_linear_backward_reference,
+        _backward_samples,
         differentiable=True,
     ),
 )
