@@ -12,6 +12,7 @@ enum class Product : int32_t {
   Forward,         // Y = X W^T + bias            x, values, bias -> out (batch, out_features)
   InputGradient,   // dX = dY W                   dy, values      -> out (batch, in_features)
   WeightGradient,  // dW = dY^T X, live blocks    dy, x           -> out (n_blocks, rows, cols)
+  Backward,        // both of single weights      dy, x, values   -> out as of dX, out_dw as of dW
 };
 
 // How a matrix (batch, features) is laid out for the kernel.
@@ -59,6 +60,7 @@ struct Args {
   const void* values;
   const void* bias;  // may be null
   void* out;         // contiguous
+  void* out_dw;      // of Backward alone
   // The rows of a batch may come in parts. Values are packed with the first; dW is summed in fp32
   // and written with the last.
   bool first_part, last_part;

@@ -97,7 +97,7 @@ struct Side {
 };
 
 Side side_of(const Args& g) {
-  if (g.product == Product::InputGradient)
+  if (g.product != Product::Forward)
     return {g.col_ptr,     g.row_t,       g.plan.reorder_values ? nullptr : g.position_t,
             g.block_cols,  g.cols,        g.rows,
             g.in_features, g.out_features};
@@ -763,6 +763,94 @@ void run_dot_weights(const Args& g, int64_t begin, int64_t end) {
   }
 }
 
+// ---------------------------------------------------------------- dX and dW of single weights
+
+// dX of one column and dW of its weights, over NV vectors of the batch: each vector of dY that is
+// read serves both. `values` and `sums` are in column order.
+template <typename C, int NV>
+SECATEUR_INLINE inline void backward_tile(const Side& s, int64_t line, const C* values, const C* dy,
+                                          const C* x, int64_t lanes, bool accumulate, C* dx,
+                                          C* sums) {
+  constexpr int W = kLanes<C>;
+  Vec<C, W> held[NV], acc[NV] = {};
+  unroll<NV>([&](auto v) SECATEUR_INLINE { held[v] = load<W>(x + v * W); });
+  const auto group = [&](const int32_t* index, const C* weight) SECATEUR_INLINE {
+    Vec<C, W> dots[W] = {};
+    unroll<W>([&](auto k) SECATEUR_INLINE {
+      const C* const from = dy + index[k] * lanes;
+      const auto w = broadcast<Vec<C, W>>(weight[k]);
+      unroll<NV>([&](auto v) SECATEUR_INLINE {
+        const Vec<C, W> right = load<W>(from + v * W);
+        acc[v] += w * right;
+        dots[k] += held[v] * right;
+      });
+    });
+    return sum_each<C, W>(dots);
+  };
+  int64_t p = s.ptr[line];
+  const int64_t end = s.ptr[line + 1];
+  for (; p + W <= end; p += W) {
+    Vec<C, W> sum = group(s.index + p, values + p);
+    if (accumulate) sum += load<W>(sums + p);
+    store<W>(sums + p, sum);
+  }
+  if (p < end) {
+    int32_t index[W] = {};
+    C weight[W] = {};
+    std::copy(s.index + p, s.index + end, index);
+    std::fill(index + (end - p), index + W, index[0]);
+    std::copy(values + p, values + end, weight);
+    Vec<C, W> sum = group(index, weight);
+    if (accumulate) sum += load_first<W>(sums + p, end - p);
+    store_first<W>(sums + p, sum, end - p);
+  }
+  unroll<NV>([&](auto v) SECATEUR_INLINE { store<W>(dx + v * W, acc[v]); });
+}
+
+template <typename T>
+void run_backward(const Args& g, int64_t begin, int64_t end) {
+  using C = Compute<T>;
+  constexpr int W = kLanes<C>;
+  const Side s = side_of(g);
+  const int64_t lanes = g.plan.panel, panels = ceil_div(g.batch, lanes);
+  const auto* const values = static_cast<const C*>(g.values_space);
+  C* const sums = static_cast<C*>(g.values_space) + g.n_blocks;
+  const auto* const x = static_cast<const C*>(g.x_space);
+  const auto* const dy = static_cast<const C*>(g.dy_space);
+  T* const dx = static_cast<T*>(g.out);
+  alignas(64) C features[kFeatureChunk * kBatchLanes] = {};
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    for_groups(s.ptr, s.lines, kFeatureChunk, begin, end, [&](int64_t, int64_t group) {
+      const int64_t first = group * kFeatureChunk;
+      const int64_t count = std::min(kFeatureChunk, s.lines - first);
+      for (int64_t i = 0; i < count; ++i) {
+        const C* const right = dy + panel * g.out_features * lanes;
+        const C* const held = x + (panel * g.in_features + first + i) * lanes;
+        bool accumulate = panel > 0 || !g.first_part;
+        const auto run = [&](auto nv, int64_t v) {
+          backward_tile<C, nv>(s, first + i, values, right + v, held + v, lanes, accumulate,
+                               features + i * lanes + v, sums);
+          accumulate = true;
+        };
+        int64_t v = 0;
+        for (; v + kMaxVectors * W <= lanes; v += kMaxVectors * W)
+          run(std::integral_constant<int, kMaxVectors>{}, v);
+        for (; v < lanes; v += W) run(std::integral_constant<int, 1>{}, v);
+      }
+      const int64_t m = panel * lanes;
+      store_transposed<T>(features, count, lanes, nullptr, std::min(lanes, g.batch - m),
+                          dx + m * g.in_features + first, g.in_features);
+    });
+  }
+  if (!g.last_part) return;
+  T* const dw = static_cast<T*>(g.out_dw);
+  for_groups(s.ptr, s.lines, kFeatureChunk, begin, end, [&](int64_t, int64_t group) {
+    const int64_t last = std::min((group + 1) * kFeatureChunk, s.lines);
+    for (int64_t q = s.ptr[group * kFeatureChunk]; q < s.ptr[last]; ++q)
+      dw[g.position_t[q]] = narrow<T>(sums[q]);
+  });
+}
+
 // ---------------------------------------------------------------- plans
 
 // Lanes of the outer product: half a 512-bit vector still beats dot products.
@@ -827,6 +915,17 @@ Plan plan_for(const Args& g) {
   };
 
   const int64_t batch_lanes = g.batch > 2 * kFewLanes ? kBatchLanes : kFewLanes;
+  if (g.product == Product::Backward) {
+    plan.method = Method::Batch;
+    plan.panel = batch_lanes;
+    lay_out_x(Layout::Transposed);
+    lay_out_dy(Layout::Transposed);
+    plan.reorder_values = true;
+    copy_values();
+    plan.values_bytes *= 2;  // and the sums of dW
+    plan.run = group_stage(g.col_ptr, g.block_cols, kFeatureChunk, 1, g.batch);
+    return plan;
+  }
   if (g.product == Product::WeightGradient) {
     if (g.rows >= 4 && g.cols % kHalfLanes<C> == 0) {
       plan.method = Method::Features;
@@ -958,6 +1057,7 @@ void pack_blocks(const Args& g, int64_t begin, int64_t end) {
 template <typename T>
 void run_for(const Args& g, int64_t begin, int64_t end) {
   using C = Compute<T>;
+  if (g.product == Product::Backward) return run_backward<T>(g, begin, end);
   if (g.plan.method == Method::Batch) {
     if (g.product == Product::WeightGradient) return run_dot_weights<T>(g, begin, end);
     return run_batch<T>(g, begin, end);

@@ -247,8 +247,17 @@ std::tuple<Tensor, Tensor> backward_cpu(const Tensor& dy, const Tensor& x, const
   const Tensor left = unit_stride(dy);
   Call dx = input_gradient(kBackward, left, values, pattern, x.size(1));
   Call dw = weight_gradient(kBackward, left, x, pattern, values.size(1), values.size(2));
-  dx.args.shares_dy = dw.args.shares_dy = true;
-  launch({dx, dw});
+  if (values.size(1) == 1 && values.size(2) == 1 && dx.out.numel() > 0 && dw.out.numel() > 0) {
+    Call both = dx;
+    both.args.product = Product::Backward;
+    both.args.x = dw.args.x;
+    both.args.x_stride = dw.args.x_stride;
+    both.args.out_dw = dw.args.out;
+    launch({both});
+  } else {
+    dx.args.shares_dy = dw.args.shares_dy = true;
+    launch({dx, dw});
+  }
   return {dx.out, dw.out};
 }
 
