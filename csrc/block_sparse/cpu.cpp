@@ -188,13 +188,15 @@ inline void pair_rows(const BFloat16* first, const BFloat16* second, uint32_t* t
 void pack_paired_panels(const BFloat16* from, int64_t stride, int64_t batch, int64_t features,
                         int64_t block, uint32_t* to, int64_t begin, int64_t end) {
   const int64_t pairs = ceil_div(batch, 2);
-  for (int64_t f = 0; f < features; f += block) {
-    const int64_t count = std::min(block, features - f);
-    uint32_t* const panel = to + f * pairs;
-    for (int64_t m = begin; m < end; ++m) {
-      const BFloat16* const row = from + 2 * m * stride + f;
-      pair_rows(row, 2 * m + 1 < batch ? row + stride : nullptr, panel + m * block, count);
-      std::fill_n(panel + m * block + count, block - count, 0u);
+  for (int64_t m0 = begin; m0 < end; m0 += kPackRows) {
+    for (int64_t f = 0; f < features; f += block) {
+      const int64_t count = std::min(block, features - f);
+      uint32_t* const panel = to + f * pairs;
+      for (int64_t m = m0; m < std::min(m0 + kPackRows, end); ++m) {
+        const BFloat16* const row = from + 2 * m * stride + f;
+        pair_rows(row, 2 * m + 1 < batch ? row + stride : nullptr, panel + m * block, count);
+        std::fill_n(panel + m * block + count, block - count, 0u);
+      }
     }
   }
 }
