@@ -25,6 +25,8 @@ enum class Layout : int32_t {
 // Which loop runs over the vector lanes; see cpu.cpp.
 enum class Method : int32_t { Features, Dots, Batch };
 
+enum class Activation : int32_t { None, Relu, Gelu };
+
 // One parallel step of an op; `grain` items are worth a thread.
 struct Stage {
   int64_t items = 0;
@@ -58,9 +60,10 @@ struct Args {
   const void* dy;
   int64_t dy_stride;
   const void* values;
-  const void* bias;  // may be null
-  void* out;         // contiguous
-  void* out_dw;      // of Backward alone
+  const void* bias;       // may be null
+  Activation activation;  // of Forward
+  void* out;              // contiguous
+  void* out_dw;           // of Backward alone
   // The rows of a batch may come in parts. Values are packed with the first; dW is summed in fp32
   // and written with the last.
   bool first_part, last_part;

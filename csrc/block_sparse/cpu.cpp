@@ -17,6 +17,7 @@
 #include <type_traits>
 
 #include "block_sparse/block_sparse.h"
+#include "common/activation.h"
 #include "common/simd.h"
 
 #define SECATEUR_INLINE __attribute__((always_inline))
@@ -142,6 +143,21 @@ Stage group_stage(const int32_t* ptr, int64_t lines, int64_t per_group, int64_t 
   return {panels * total, std::max<int64_t>(1, kTaskMultiplies / std::max<int64_t>(1, multiplies))};
 }
 
+// What is done to a result before it is rounded to T and written.
+template <typename T>
+struct Epilogue {
+  const T* bias;  // may be null
+  Activation activation;
+
+  explicit Epilogue(const Args& g)
+      : bias(static_cast<const T*>(g.bias)), activation(g.activation) {}
+
+  template <typename V>
+  V operator()(V v) const {
+    return activation == Activation::Relu ? relu(v) : activation == Activation::Gelu ? gelu(v) : v;
+  }
+};
+
 // ---------------------------------------------------------------- packing
 
 template <typename T>
@@ -253,8 +269,8 @@ void pack_transposed(const T* from, int64_t stride, int64_t batch, int64_t featu
 
 template <typename T, int R, int NV, typename E, typename B, typename Line, typename Step>
 SECATEUR_INLINE inline void feature_tile(const Side& s, int64_t line, const E* a, Line a_line,
-                                         Step a_step, const B* blocks, int64_t j, const T* bias,
-                                         T* out) {
+                                         Step a_step, const B* blocks, int64_t j,
+                                         const Epilogue<T>& epilogue, T* out) {
   using C = Compute<T>;
   constexpr int W = kLanes<C>;
   Tile<C, R, NV, W> tile = {};
@@ -262,10 +278,11 @@ SECATEUR_INLINE inline void feature_tile(const Side& s, int64_t line, const E* a
     multiply_add(tile, a + s.index[p] * s.inner_width * a_step, a_line, a_step,
                  blocks + s.block(p) * s.line_width * s.inner_width + j, s.line_width, s.inner(p));
   const int64_t f = line * s.line_width + j;
-  if (std::is_same_v<T, C> && f + NV * W <= s.out_features) {
+  if (std::is_same_v<T, C> && f + NV * W <= s.out_features &&
+      epilogue.activation == Activation::None) {
     unroll<NV>([&](auto v) SECATEUR_INLINE {
       Vec<C, W> offset = {};
-      if (bias) offset = load<W>(bias + f + v * W);
+      if (epilogue.bias) offset = load<W>(epilogue.bias + f + v * W);
       unroll<R>([&](auto i) SECATEUR_INLINE {
         store<W>(out + i * s.out_features + f + v * W, tile.acc[i][v] + offset);
       });
@@ -280,10 +297,10 @@ SECATEUR_INLINE inline void feature_tile(const Side& s, int64_t line, const E* a
   for (int v = 0; v < NV; ++v) {
     const int64_t count = std::clamp<int64_t>(s.out_features - f - v * W, 0, W);
     Vec<C, W> offset = {};
-    if (bias) offset = load_first<W>(bias + f + v * W, count);
+    if (epilogue.bias) offset = load_first<W>(epilogue.bias + f + v * W, count);
     for (int i = 0; i < R; ++i)
-      store_first<W>(out + i * s.out_features + f + v * W, load<W>(rows[i] + v * W) + offset,
-                     count);
+      store_first<W>(out + i * s.out_features + f + v * W,
+                     epilogue(load<W>(rows[i] + v * W) + offset), count);
   }
 }
 
@@ -292,14 +309,14 @@ template <typename T, int R, int NV, bool kTransposed, typename E, typename B>
 inline void feature_rows(const Args& g, const Side& s, int64_t line, int64_t j, const B* blocks,
                          const E* a, int64_t stride, int64_t m, int64_t end) {
   T* const out = static_cast<T*>(g.out);
-  const T* const bias = static_cast<const T*>(g.bias);
+  const Epilogue<T> epilogue(g);
   for (; m + R <= end; m += R) {
     T* const row = out + m * s.out_features;
     if constexpr (kTransposed) {
       const E* const left = a + m / kFewLanes * s.inner_features * kFewLanes + m % kFewLanes;
-      feature_tile<T, R, NV>(s, line, left, One{}, FewLanes{}, blocks, j, bias, row);
+      feature_tile<T, R, NV>(s, line, left, One{}, FewLanes{}, blocks, j, epilogue, row);
     } else {
-      feature_tile<T, R, NV>(s, line, a + m * stride, stride, One{}, blocks, j, bias, row);
+      feature_tile<T, R, NV>(s, line, a + m * stride, stride, One{}, blocks, j, epilogue, row);
     }
   }
   if constexpr (R > 1)
@@ -328,8 +345,8 @@ void run_features(const Args& g, const B* blocks, const E* a, int64_t stride, in
 // are. Blocks are as stored.
 template <typename T, int I, int R>
 inline void dot_tile(const Side& s, int64_t line, int64_t i0, const Compute<T>* x,
-                     int64_t panel_stride, int64_t row_stride, const T* blocks, const T* bias,
-                     T* out) {
+                     int64_t panel_stride, int64_t row_stride, const T* blocks,
+                     const Epilogue<T>& epilogue, T* out) {
   using C = Compute<T>;
   constexpr int W = kLanes<C>;
   constexpr int kSums = (I * R + W - 1) / W * W;
@@ -372,7 +389,7 @@ inline void dot_tile(const Side& s, int64_t line, int64_t i0, const Compute<T>* 
     for (int n = n0; n < std::min(I * R, n0 + W); ++n) {
       const int64_t f = line * s.line_width + i0 + n / R;
       if (f >= s.out_features) break;
-      const C sum = sums[n - n0] + (bias ? widen(bias[f]) : C{0});
+      const C sum = epilogue(sums[n - n0] + (epilogue.bias ? widen(epilogue.bias[f]) : C{0}));
       out[n % R * s.out_features + f] = narrow<T>(sum);
     }
   }
@@ -386,7 +403,7 @@ inline void dot_rows(const Args& g, const Side& s, int64_t line, const Compute<T
   for (; m + R <= g.batch; m += R)
     for (int64_t i0 = 0; i0 < width; i0 += I)
       dot_tile<T, I, R>(s, line, i0, x + m * row_stride, panel_stride, row_stride,
-                        static_cast<const T*>(g.values), static_cast<const T*>(g.bias),
+                        static_cast<const T*>(g.values), Epilogue<T>(g),
                         static_cast<T*>(g.out) + m * s.out_features);
   if constexpr (R > 1)
     if (m < g.batch) dot_rows<T, R / 2>(g, s, line, x, panel_stride, row_stride, m);
@@ -449,27 +466,28 @@ inline void batch_lines(const Side& s, int64_t line, const C* a, int64_t a_line,
 
 // features[count][lanes] (and zeros up to a multiple of the vector) to rows of the batch.
 template <typename T>
-void store_transposed(const Compute<T>* features, int64_t count, int64_t lanes, const T* bias,
-                      int64_t rows, T* out, int64_t stride) {
+void store_transposed(const Compute<T>* features, int64_t count, int64_t lanes,
+                      const Epilogue<T>& epilogue, int64_t first, int64_t rows, T* out,
+                      int64_t stride) {
   using C = Compute<T>;
   constexpr int W = kLanes<C>;
   for (int64_t f = 0; f < count; f += W) {
     const int64_t width = std::min<int64_t>(W, count - f);
     Vec<C, W> offset = {};
-    if (bias) offset = load_first<W>(bias + f, width);
+    if (epilogue.bias) offset = load_first<W>(epilogue.bias + first + f, width);
     for (int64_t m = 0; m < rows; m += W) {
       T* const tile = out + m * stride + f;
       Vec<C, W> v[W];
       unroll<W>([&](auto i) SECATEUR_INLINE { v[i] = load<W>(features + (f + i) * lanes + m); });
       transpose<C, W>(v);
-      if (width == W && rows - m >= W) {
+      if (width == W && rows - m >= W && epilogue.activation == Activation::None) {
         unroll<W>([&](auto i) SECATEUR_INLINE { store<W>(tile + i * stride, v[i] + offset); });
         continue;
       }
       alignas(64) C corner[W][W];
       unroll<W>([&](auto i) SECATEUR_INLINE { store<W>(corner[i], v[i] + offset); });
       for (int64_t i = 0; i < std::min<int64_t>(W, rows - m); ++i)
-        store_first<W>(tile + i * stride, load<W>(corner[i]), width);
+        store_first<W>(tile + i * stride, epilogue(load<W>(corner[i])), width);
     }
   }
 }
@@ -488,7 +506,7 @@ void run_batch(const Args& g, int64_t begin, int64_t end) {
   const int64_t lanes = g.plan.panel;
   const int64_t a_line = forward ? g.cols : 1, a_step = forward ? 1 : g.cols;
   const int64_t per_group = lines_per_group(s.line_width);
-  const T* const bias = static_cast<const T*>(g.bias);
+  const Epilogue<T> epilogue(g);
   T* const out = static_cast<T*>(g.out);
   alignas(64) C features[kFeatureChunk * kBatchLanes] = {};
   for_groups(s.ptr, s.lines, per_group, begin, end, [&](int64_t panel, int64_t group) {
@@ -511,9 +529,9 @@ void run_batch(const Args& g, int64_t begin, int64_t end) {
              : left >= 2 ? run(std::integral_constant<int, 2>{})
                          : run(std::integral_constant<int, 1>{});
       }
-      store_transposed<T>(features, count, lanes, bias ? bias + f : nullptr,
-                          std::min(lanes, g.batch - m), out + m * s.out_features + f,
-                          s.out_features);
+      const int64_t rows = std::min(lanes, g.batch - m);
+      T* const to = out + m * s.out_features + f;
+      store_transposed<T>(features, count, lanes, epilogue, f, rows, to, s.out_features);
     }
   });
 }
@@ -840,8 +858,9 @@ void run_backward(const Args& g, int64_t begin, int64_t end) {
         for (; v < lanes; v += W) run(std::integral_constant<int, 1>{}, v);
       }
       const int64_t m = panel * lanes;
-      store_transposed<T>(features, count, lanes, nullptr, std::min(lanes, g.batch - m),
-                          dx + m * g.in_features + first, g.in_features);
+      store_transposed<T>(features, count, lanes, Epilogue<T>(g), first,
+                          std::min(lanes, g.batch - m), dx + m * g.in_features + first,
+                          g.in_features);
     });
   }
   if (!g.last_part) return;

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -156,7 +157,8 @@ void launch(std::vector<Call> calls) {
 }
 
 Call forward(const Tensor& x, const Tensor& values, const std::optional<Tensor>& bias,
-             const Pattern& pattern, int64_t out_features) {
+             const Pattern& pattern, int64_t out_features,
+             const std::optional<std::string>& activation) {
   const Dtype dtype = dtype_of(x, kForward, "x");
   check_matrix(kForward, "x", x, x.scalar_type());
   check_values(kForward, values, pattern.col, x.scalar_type());
@@ -173,6 +175,11 @@ Call forward(const Tensor& x, const Tensor& values, const std::optional<Tensor>&
   args.x_stride = left.stride(0);
   args.values = blocks.const_data_ptr();
   args.bias = bias ? offset.const_data_ptr() : nullptr;
+  STD_TORCH_CHECK(!activation || *activation == "relu" || *activation == "gelu", kForward,
+                  ": expected activation to be None, 'relu' or 'gelu', got '", *activation, "'");
+  args.activation = !activation             ? Activation::None
+                    : *activation == "relu" ? Activation::Relu
+                                            : Activation::Gelu;
   return call_of(args, x, {args.batch, args.out_features}, {left, blocks, offset});
 }
 
@@ -210,9 +217,9 @@ Call weight_gradient(const char* op, const Tensor& dy, const Tensor& x, const Pa
 Tensor forward_cpu(const Tensor& x, const Tensor& values, const std::optional<Tensor>& bias,
                    const Tensor& row_ptr, const Tensor& col, const Tensor& row_of,
                    const Tensor& col_ptr, const Tensor& row_t, const Tensor& position_t,
-                   int64_t out_features) {
-  const Call y =
-      forward(x, values, bias, {row_ptr, col, row_of, col_ptr, row_t, position_t}, out_features);
+                   int64_t out_features, const std::optional<std::string>& activation) {
+  const Call y = forward(x, values, bias, {row_ptr, col, row_of, col_ptr, row_t, position_t},
+                         out_features, activation);
   launch({y});
   return y.out;
 }
@@ -266,8 +273,8 @@ std::tuple<Tensor, Tensor> backward_cpu(const Tensor& dy, const Tensor& x, const
 STABLE_TORCH_LIBRARY_FRAGMENT(secateur, m) {
   m.def(
       "block_sparse_linear(Tensor x, Tensor values, Tensor? bias, Tensor row_ptr, Tensor col, "
-      "Tensor row_of, Tensor col_ptr, Tensor row_t, Tensor position_t, int out_features) -> "
-      "Tensor");
+      "Tensor row_of, Tensor col_ptr, Tensor row_t, Tensor position_t, int out_features, str? "
+      "activation=None) -> Tensor");
   m.def(
       "block_sparse_linear_dx(Tensor dy, Tensor values, Tensor row_ptr, Tensor col, Tensor row_of, "
       "Tensor col_ptr, Tensor row_t, Tensor position_t, int in_features) -> Tensor");

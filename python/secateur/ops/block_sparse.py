@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -115,21 +115,29 @@ def _offsets(counts: Tensor) -> Tensor:
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
 
 
-def block_sparse_linear(x: Tensor, weight: BlockSparse, bias: Tensor | None = None) -> Tensor:
-    """Multiply by the transpose of a block-sparse weight: y = x Wᵀ + bias.
+def block_sparse_linear(
+    x: Tensor,
+    weight: BlockSparse,
+    bias: Tensor | None = None,
+    activation: Literal["relu", "gelu"] | None = None,
+) -> Tensor:
+    """Multiply by the transpose of a block-sparse weight: y = activation(x Wᵀ + bias).
 
     Only live blocks are touched, here and in both backward products. Gradients reach ``x``,
     ``weight.values`` and ``bias``, to any order. Accumulates in float32 (float64 in double). Under
     autocast, inputs are cast to its dtype, as in ``torch.nn.functional.linear``.
 
-    Memory beside the result, freed on return, in the compute dtype: at most 640 rows of ``x`` and
-    the live values once; for the gradient of ``x`` the same of y's gradient; for the gradient of
-    the values ``x`` and y's gradient as a whole.
+    Memory beside the result, freed on return, in the compute dtype: fewer than 1024 rows of ``x``
+    and the live values once; in the backward pass fewer than 1024 rows of ``x`` and of y's gradient
+    and the live values at most twice.
 
     Args:
         x: ``(..., in_features)``; float32, bfloat16, float16 or float64; any strides.
         weight: a :class:`secateur.BlockSparse` of shape ``(out_features, in_features)``.
         bias: ``(out_features,)`` or None.
+        activation: applied while y is in a cache: ``"relu"``, ``"gelu"`` (the exact one, with erf)
+            or None. ``"gelu"`` needs what it was applied to for its gradient: where one is wanted
+            it runs as a separate op.
 
     Returns:
         ``(..., out_features)``, contiguous, of x's dtype.
@@ -137,14 +145,16 @@ def block_sparse_linear(x: Tensor, weight: BlockSparse, bias: Tensor | None = No
     Raises:
         TypeError: ``weight`` is no BlockSparse, ``x`` or ``bias`` is no Tensor, or dtypes differ or
             are not supported.
-        ValueError: shapes do not fit, or devices differ.
+        ValueError: shapes do not fit, devices differ, or ``activation`` is another word.
 
     Source:
         The products are dsd and sdd of Gale et al., "MegaBlocks" (2022).
 
     Equivalent to:
-        ``torch.nn.functional.linear(x, weight.to_dense(), bias)``
+        ``activation(torch.nn.functional.linear(x, weight.to_dense(), bias))``
     """
+    if activation not in (None, "relu", "gelu"):
+        raise ValueError(f"expected activation to be 'relu', 'gelu' or None, got {activation!r}")
     # BlockSparse itself lies above ops; what the kernels rely on is that a Pattern was checked.
     if not (
         isinstance(getattr(weight, "pattern", None), Pattern)
@@ -180,14 +190,21 @@ def block_sparse_linear(x: Tensor, weight: BlockSparse, bias: Tensor | None = No
     for name, t in others.items():
         if t.dtype != x.dtype:
             raise TypeError(f"expected {name} to be {x.dtype}, as x, got {t.dtype}")
+    apart = (
+        activation == "gelu"
+        and torch.is_grad_enabled()
+        and any(t.requires_grad for t in (x, values, bias) if t is not None)
+    )
     y: Tensor = torch.ops.secateur.block_sparse_linear(
         x.reshape(x.shape[:-1].numel(), in_features),
         values,
         bias,
         *weight.pattern.tensors(),
         out_features,
+        None if apart else activation,
     )
-    return y.reshape(*x.shape[:-1], out_features)
+    y = y.reshape(*x.shape[:-1], out_features)
+    return torch.nn.functional.gelu(y) if apart else y
 
 
 def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -201,8 +218,20 @@ def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @torch.library.register_fake("secateur::block_sparse_linear")
-def _(x: Tensor, values: Tensor, bias: Tensor | None, *pattern_and_size: Any) -> Tensor:
-    return x.new_empty((x.shape[0], pattern_and_size[-1]))
+def _(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    row_ptr: Tensor,
+    col: Tensor,
+    row_of: Tensor,
+    col_ptr: Tensor,
+    row_t: Tensor,
+    position_t: Tensor,
+    out_features: int,
+    activation: str | None = None,
+) -> Tensor:
+    return x.new_empty((x.shape[0], out_features))
 
 
 @torch.library.register_fake("secateur::block_sparse_linear_dx")
@@ -221,13 +250,17 @@ def _(dy: Tensor, x: Tensor, values: Tensor, *pattern: Any) -> tuple[Tensor, Ten
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, bias, *pattern, _ = inputs
-    ctx.save_for_backward(x, values, *pattern)
-    ctx.has_bias = bias is not None
+    x, values, bias, *pattern, _, ctx.activation = inputs
+    ctx.save_for_backward(x, values, bias, output if ctx.activation == "relu" else None, *pattern)
 
 
 def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    x, values, *pattern = ctx.saved_tensors
+    x, values, bias, y, *pattern = ctx.saved_tensors
+    if ctx.activation == "relu":
+        dy = torch.where(y <= 0, 0, dy)
+    elif ctx.activation == "gelu":  # of what was not kept: block_sparse_linear() avoids this
+        z = torch.ops.secateur.block_sparse_linear(x, values, bias, *pattern, dy.shape[1])
+        dy = torch.ops.aten.gelu_backward(dy, z)
     ops = torch.ops.secateur
     needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
     dx = dw = None
@@ -237,7 +270,7 @@ def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         dx = ops.block_sparse_linear_dx(dy, values, *pattern, x.shape[1])
     elif needs_values:
         dw = ops.block_sparse_linear_dw(dy, x, *pattern, *values.shape[1:])
-    return dx, dw, dy.sum(0) if needs_bias and ctx.has_bias else None, *[None] * 7
+    return dx, dw, dy.sum(0) if needs_bias and bias is not None else None, *[None] * 8
 
 
 def _dx_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -328,10 +361,12 @@ def block_sparse_linear_reference(
     row_t: Tensor,
     position_t: Tensor,
     out_features: int,
+    activation: str | None = None,
 ) -> Tensor:
     w = _blocks_to_dense(_compute(values), row_of, col, out_features, x.shape[1])
     y = _compute(x) @ w.t()
-    return (y if bias is None else y + _compute(bias)).to(x.dtype)
+    y = y if bias is None else y + _compute(bias)
+    return (y if activation is None else getattr(torch.nn.functional, activation)(y)).to(x.dtype)
 
 
 def block_sparse_linear_dx_reference(
@@ -458,6 +493,9 @@ def _linear_samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample
     for i, (name, x, values, _, pattern, (n, *_)) in enumerate(_problems(dtype, device)):
         bias = None if i % 3 == 2 else torch.linspace(-1, 1, n, device=device).to(dtype)
         yield Sample(name, (x, values, bias, *pattern, n))
+        if i % 3 < 2:
+            activation = ("relu", "gelu")[i % 3]
+            yield Sample(f"{name}, {activation}", (x, values, bias, *pattern, n, activation))
 
 
 def _dx_samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
