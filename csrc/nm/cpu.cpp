@@ -16,9 +16,9 @@
 namespace secateur::nm::SECATEUR_ISA {
 namespace {
 
-// Elements scored and judged at a time. A quarter of kRun was measured faster than all of it:
+// Elements scored and judged at a time. Half of kRun was measured faster than all of it:
 // reading and comparing overlap where they alternate often.
-constexpr int kStep = kRun / 4;
+constexpr int kStep = kRun / 2;
 
 // Worse than the key of any finite score.
 template <typename T>
