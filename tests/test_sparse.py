@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
@@ -297,6 +298,35 @@ def test_second_derivatives_reach_everything() -> None:
     torch.testing.assert_close(weight.with_values(got).to_dense(), expected)
 
 
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("block", [1, 16], ids=str)
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+def test_activation(block: int, activation: Literal["relu", "gelu"], grad: bool) -> None:
+    torch.manual_seed(0)
+    weight = BlockSparse.from_dense(torch.randn(32, 48), block, random_mask(32, 48, block, 0.5))
+    values = weight.values.requires_grad_(grad)
+    x, bias = (torch.randn(shape, requires_grad=grad) for shape in ((20, 48), (32,)))
+    y = block_sparse_linear(x, weight.with_values(values), bias, activation)
+
+    x64, values64, bias64 = (t.detach().double().requires_grad_(grad) for t in (x, values, bias))
+    z64 = block_sparse_linear(x64, weight.with_values(values64), bias64)
+    expected = getattr(torch.nn.functional, activation)(z64)
+    assert_close(y, expected, "y")
+    if grad:
+        got = torch.autograd.grad(y.square().sum(), (x, values, bias))
+        want = torch.autograd.grad(expected.square().sum(), (x64, values64, bias64))
+        for name, a, b in zip(("dx", "dw", "db"), got, want, strict=True):
+            assert_close(a, b, name)
+
+
+def test_gelu_is_as_good_as_its_comment_says() -> None:
+    x = torch.linspace(-12, 12, 100_001)[:, None]
+    y = block_sparse_linear(x, BlockSparse.from_dense(torch.ones(1, 1), 1), None, "gelu")
+    x64 = x.double()
+    off = (y - torch.nn.functional.gelu(x64)).abs() / x64.abs().clamp(min=1e-30)
+    assert off.max() < 2e-7  # |x| / 2 times erf's error, and one rounding
+
+
 @pytest.mark.parametrize("block", [1, 16], ids=str)
 def test_compile_fullgraph(block: int) -> None:
     torch.manual_seed(0)
@@ -413,6 +443,11 @@ BAD_PRODUCTS = {
         (torch.ones(3, 6), SPARSE, torch.ones(4).half()),
         TypeError,
         "bias to be torch.float32, as x, got torch.float16",
+    ),
+    "no such activation": (
+        (torch.ones(3, 6), SPARSE, None, "tanh"),
+        ValueError,
+        "activation to be 'relu', 'gelu' or None, got 'tanh'",
     ),
 }
 

@@ -27,11 +27,11 @@ namespace {
 
 // Fewer rows than this do not pay for transposing the weights.
 constexpr int64_t kFewRows = 16;
-constexpr int64_t kBatchLanes = 64;    // rows of the batch in one transposed panel
-constexpr int64_t kFewLanes = 16;      // the same for small batches and for Features
-constexpr int64_t kFeatureRows = 64;   // rows of the batch in one task of Features
-constexpr int64_t kFeatureChunk = 16;  // output features that Batch transposes at a time
-constexpr int64_t kPackRows = 8;
+constexpr int64_t kBatchLanes = 64;           // rows of the batch in one transposed panel
+constexpr int64_t kFewLanes = 16;             // the same for small batches and for Features
+constexpr int64_t kFeatureRows = 64;          // rows of the batch in one task of Features
+constexpr int64_t kFeatureChunk = 16;         // output features that Batch transposes at a time
+constexpr int64_t kPackRows = 8;              // rows of the batch copied to panels at a time
 constexpr int64_t kSmallBlock = 16;           // weights
 constexpr int64_t kTaskMultiplies = 1 << 16;  // worth waking a thread
 
@@ -168,21 +168,25 @@ void widen_range(const T* from, Compute<T>* to, int64_t count) {
   for (; i < count; ++i) to[i] = widen(from[i]);
 }
 
+// Calls f(m, feature, count) for each row m of [begin, end) and each block of features, a few rows
+// at a time: memory streams along rows, and a panel gets more than a line of each.
+template <typename F>
+inline void for_panels(int64_t features, int64_t block, int64_t begin, int64_t end, F&& f) {
+  for (int64_t m0 = begin; m0 < end; m0 += kPackRows)
+    for (int64_t feature = 0; feature < features; feature += block)
+      for (int64_t m = m0; m < std::min(m0 + kPackRows, end); ++m)
+        f(m, feature, std::min(block, features - feature));
+}
+
 // Rows [begin, end) of the batch to Layout::Panels.
 template <typename T>
 void pack_panels(const T* from, int64_t stride, int64_t batch, int64_t features, int64_t block,
                  Compute<T>* to, int64_t begin, int64_t end) {
-  // A few rows at a time: memory streams along rows, and a panel gets more than a line of each.
-  for (int64_t m0 = begin; m0 < end; m0 += kPackRows) {
-    for (int64_t f = 0; f < features; f += block) {
-      const int64_t count = std::min(block, features - f);
-      Compute<T>* const panel = to + f * batch;
-      for (int64_t m = m0; m < std::min(m0 + kPackRows, end); ++m) {
-        widen_range(from + m * stride + f, panel + m * block, count);
-        for (int64_t i = count; i < block; ++i) panel[m * block + i] = 0;
-      }
-    }
-  }
+  for_panels(features, block, begin, end, [&](int64_t m, int64_t feature, int64_t count) {
+    Compute<T>* const row = to + feature * batch + m * block;
+    widen_range(from + m * stride + feature, row, count);
+    for (int64_t i = count; i < block; ++i) row[i] = 0;
+  });
 }
 
 // Pairs of a row and the next, or of a row and zeros.
@@ -204,17 +208,12 @@ inline void pair_rows(const BFloat16* first, const BFloat16* second, uint32_t* t
 void pack_paired_panels(const BFloat16* from, int64_t stride, int64_t batch, int64_t features,
                         int64_t block, uint32_t* to, int64_t begin, int64_t end) {
   const int64_t pairs = ceil_div(batch, 2);
-  for (int64_t m0 = begin; m0 < end; m0 += kPackRows) {
-    for (int64_t f = 0; f < features; f += block) {
-      const int64_t count = std::min(block, features - f);
-      uint32_t* const panel = to + f * pairs;
-      for (int64_t m = m0; m < std::min(m0 + kPackRows, end); ++m) {
-        const BFloat16* const row = from + 2 * m * stride + f;
-        pair_rows(row, 2 * m + 1 < batch ? row + stride : nullptr, panel + m * block, count);
-        std::fill_n(panel + m * block + count, block - count, 0u);
-      }
-    }
-  }
+  for_panels(features, block, begin, end, [&](int64_t m, int64_t feature, int64_t count) {
+    const BFloat16* const first = from + 2 * m * stride + feature;
+    uint32_t* const row = to + feature * pairs + m * block;
+    pair_rows(first, 2 * m + 1 < batch ? first + stride : nullptr, row, count);
+    std::fill_n(row + count, block - count, 0u);
+  });
 }
 
 // The W x W elements at `from` to their transpose at `to`. Unrolled: with an index that is not a
