@@ -12,9 +12,8 @@ namespace secateur {
 
 namespace {
 
-// Elements evaluated at a time: few enough that the next run's reads begin before what is made of
-// this one has ended.
-constexpr int kRun = 512;
+// Elements evaluated at a time: weight, gradient, state and score of a run stay in L1.
+constexpr int kRun = 1024;
 
 // Calls f(element offset, stride, first, count) for each stretch of elements index..index + n of
 // `t` along its last dimension; `first` counts from `index`.

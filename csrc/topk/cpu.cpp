@@ -15,6 +15,9 @@
 namespace secateur::topk::SECATEUR_ISA {
 namespace {
 
+// Elements scored and classified at a time: few, so that reading and comparing overlap.
+constexpr int kStep = 512;
+static_assert(kStep <= kRun);
 constexpr int kSampleRun = 32;  // neighbours sampled together: a page walk buys two cache lines
 constexpr int64_t kMaxSample = int64_t{1} << 18;
 constexpr int64_t kMinCapacity = 49152;
@@ -130,9 +133,9 @@ template <typename T, typename F>
 inline void for_words(const Search& s, const Item& item, const KeyRule<T>& rule, int64_t first,
                       int64_t n, RunBuffers<T>& buffers, F&& f) {
   const Int<T> low = static_cast<Int<T>>(s.low), high = static_cast<Int<T>>(s.high);
-  alignas(64) T run[kRun];
-  for (int64_t begin = 0; begin < n; begin += kRun) {
-    const int64_t count = std::min<int64_t>(kRun, n - begin);
+  alignas(64) T run[kStep];
+  for (int64_t begin = 0; begin < n; begin += kStep) {
+    const int64_t count = std::min<int64_t>(kStep, n - begin);
     const T* scores = scores_of(s, item, first + begin, count, buffers, run);
     for (int64_t i = 0; i < count; i += 64) {
       const int64_t left = count - i;
