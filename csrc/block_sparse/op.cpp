@@ -1,4 +1,6 @@
 #include <algorithm>
+#include <memory>
+#include <new>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -91,7 +93,7 @@ Call call_of(const Args& args, const Tensor& like, std::initializer_list<int64_t
              std::vector<Tensor> inputs) {
   Call call{args, torch::stable::new_empty(like, shape), std::move(inputs)};
   call.args.out = call.out.mutable_data_ptr();
-  prefer_huge_pages(call.out);
+  prefer_huge_pages(call.args.out, call.out.numel() * call.out.element_size());
   return call;
 }
 
@@ -119,28 +121,57 @@ bool same_packed_dy(const Plan& first, const Plan& second) {
          first.panel == second.panel && first.pairs == second.pairs;
 }
 
+// Memory of the calling thread for what launch() packs. It stays with the thread, as large as its
+// largest call needed: new pages at every call would take as long as the packing itself.
+class Workspace {
+ public:
+  // Cleared by the next call.
+  char* of(int64_t bytes) {
+    if (bytes > bytes_) {
+      memory_.reset();
+      bytes_ = 0;
+      memory_.reset(::operator new(bytes, kAlignment));
+      bytes_ = bytes;
+      prefer_huge_pages(memory_.get(), bytes);
+    }
+    return static_cast<char*>(memory_.get());
+  }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  struct Delete {
+    void operator()(void* memory) const { ::operator delete(memory, kAlignment); }
+  };
+  std::unique_ptr<void, Delete> memory_;
+  int64_t bytes_ = 0;
+};
+
 // One product, or dX and dW of the same dY.
 void launch(std::vector<Call> calls) {
   std::erase_if(calls, [](const Call& call) { return call.out.numel() == 0; });
   if (calls.empty()) return;
-  const Tensor& like = calls[0].out;
-  const int64_t itemsize = like.element_size();
+  const int64_t itemsize = calls[0].out.element_size();
   const int64_t parts = std::max<int64_t>(1, calls[0].args.batch / kRowsAtOnce);
   bool shared = false;
+  int64_t bytes = 0;
+  std::vector<std::pair<void**, int64_t>> spaces;
+  const auto reserve = [&](void*& space, int64_t size) {
+    space = nullptr;
+    if (size > 0) spaces.emplace_back(&space, bytes);
+    bytes += ceil_div(size, 64) * 64;
+  };
   for (Call& call : calls) {
     const Plan largest = part_of(call.args, parts - 1, parts, itemsize).plan;
     shared = &call != &calls[0] && same_packed_dy(calls[0].args.plan, largest);
-    const auto space = [&](int64_t bytes) -> void* {
-      if (bytes == 0) return nullptr;
-      call.inputs.push_back(torch::stable::new_empty(like, {bytes}, ScalarType::Byte));
-      prefer_huge_pages(call.inputs.back());
-      return call.inputs.back().mutable_data_ptr();
-    };
     call.args.plan = largest;
-    call.args.x_space = space(largest.x_bytes);
-    call.args.dy_space = shared ? calls[0].args.dy_space : space(largest.dy_bytes);
-    call.args.values_space = space(largest.values_bytes);
+    reserve(call.args.x_space, largest.x_bytes);
+    reserve(call.args.values_space, largest.values_bytes);
+    if (!shared) reserve(call.args.dy_space, largest.dy_bytes);
   }
+  thread_local Workspace workspace;
+  char* const memory = workspace.of(bytes);
+  for (const auto& [space, offset] : spaces) *space = memory + offset;
+  if (shared) calls[1].args.dy_space = calls[0].args.dy_space;
   for (int64_t index = 0; index < parts; ++index) {
     for (const Call& call : calls) {
       const Args part = part_of(call.args, index, parts, itemsize);

@@ -66,14 +66,13 @@ inline View mutable_view_of(const Tensor& t, const char* op, const char* argumen
   return view;
 }
 
-// Asks Linux for huge pages under a large new tensor: page by page, memory that is first written to
+// Asks Linux for huge pages under large new memory: page by page, memory that is first written to
 // takes longer to come than most sparse products take to write it.
-inline void prefer_huge_pages([[maybe_unused]] const Tensor& t) {
+inline void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t page = 2 << 20;
-  const auto data = reinterpret_cast<uintptr_t>(t.const_data_ptr());
-  const uintptr_t begin = (data + page - 1) / page * page;
-  const uintptr_t end = (data + t.numel() * t.element_size()) / page * page;
+  const auto data = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t begin = (data + page - 1) / page * page, end = (data + bytes) / page * page;
   if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
