@@ -80,7 +80,7 @@ Tensor unit_stride(const Tensor& t) {
 
 // Rows of the batch that are packed and multiplied at a time: what is packed is still in a cache
 // when it is used, and the workspaces stay small. The last part takes what is left over.
-constexpr int64_t kRowsAtOnce = 512;
+constexpr int64_t kRowsAtOnce = 256;
 
 // One product: what launch() computes into `out`, and the tensors that its arguments point into.
 struct Call {
