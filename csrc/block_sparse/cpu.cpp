@@ -168,24 +168,37 @@ void widen_range(const T* from, Compute<T>* to, int64_t count) {
   for (; i < count; ++i) to[i] = widen(from[i]);
 }
 
-// Calls f(m, feature, count) for each row m of [begin, end) and each block of features, a few rows
+// The features of X or dY, in lines of `width` that a block multiplies whole; ptr as in Side.
+// What no live block multiplies need not be packed.
+struct Features {
+  int64_t count, width;
+  const int32_t* ptr;
+
+  bool live(int64_t first, int64_t last) const {
+    return ptr[first / width] < ptr[ceil_div(last, width)];
+  }
+};
+
+// Calls f(m, feature, count) for each row m of [begin, end) and each line of features, a few rows
 // at a time: memory streams along rows, and a panel gets more than a line of each.
 template <typename F>
-inline void for_panels(int64_t features, int64_t block, int64_t begin, int64_t end, F&& f) {
+inline void for_panels(const Features& features, int64_t begin, int64_t end, F&& f) {
   for (int64_t m0 = begin; m0 < end; m0 += kPackRows)
-    for (int64_t feature = 0; feature < features; feature += block)
-      for (int64_t m = m0; m < std::min(m0 + kPackRows, end); ++m)
-        f(m, feature, std::min(block, features - feature));
+    for (int64_t feature = 0; feature < features.count; feature += features.width) {
+      const int64_t last = std::min(feature + features.width, features.count);
+      if (!features.live(feature, last)) continue;
+      for (int64_t m = m0; m < std::min(m0 + kPackRows, end); ++m) f(m, feature, last - feature);
+    }
 }
 
 // Rows [begin, end) of the batch to Layout::Panels.
 template <typename T>
-void pack_panels(const T* from, int64_t stride, int64_t batch, int64_t features, int64_t block,
+void pack_panels(const T* from, int64_t stride, int64_t batch, const Features& features,
                  Compute<T>* to, int64_t begin, int64_t end) {
-  for_panels(features, block, begin, end, [&](int64_t m, int64_t feature, int64_t count) {
-    Compute<T>* const row = to + feature * batch + m * block;
+  for_panels(features, begin, end, [&](int64_t m, int64_t feature, int64_t count) {
+    Compute<T>* const row = to + feature * batch + m * features.width;
     widen_range(from + m * stride + feature, row, count);
-    for (int64_t i = count; i < block; ++i) row[i] = 0;
+    for (int64_t i = count; i < features.width; ++i) row[i] = 0;
   });
 }
 
@@ -205,14 +218,14 @@ inline void pair_rows(const BFloat16* first, const BFloat16* second, uint32_t* t
 }
 
 // Rows 2 * [begin, end) of the batch to Layout::Panels, in pairs of rows.
-void pack_paired_panels(const BFloat16* from, int64_t stride, int64_t batch, int64_t features,
-                        int64_t block, uint32_t* to, int64_t begin, int64_t end) {
+void pack_paired_panels(const BFloat16* from, int64_t stride, int64_t batch,
+                        const Features& features, uint32_t* to, int64_t begin, int64_t end) {
   const int64_t pairs = ceil_div(batch, 2);
-  for_panels(features, block, begin, end, [&](int64_t m, int64_t feature, int64_t count) {
+  for_panels(features, begin, end, [&](int64_t m, int64_t feature, int64_t count) {
     const BFloat16* const first = from + 2 * m * stride + feature;
-    uint32_t* const row = to + feature * pairs + m * block;
+    uint32_t* const row = to + feature * pairs + m * features.width;
     pair_rows(first, 2 * m + 1 < batch ? first + stride : nullptr, row, count);
-    std::fill_n(row + count, block - count, 0u);
+    std::fill_n(row + count, features.width - count, 0u);
   });
 }
 
@@ -240,15 +253,16 @@ void transpose_corner(const T* from, int64_t stride, int64_t rows, int64_t cols,
 
 // Layout::Transposed; an item is kFeatureChunk features of one panel.
 template <typename T>
-void pack_transposed(const T* from, int64_t stride, int64_t batch, int64_t features, int64_t lanes,
-                     Compute<T>* to, int64_t begin, int64_t end) {
+void pack_transposed(const T* from, int64_t stride, int64_t batch, const Features& features,
+                     int64_t lanes, Compute<T>* to, int64_t begin, int64_t end) {
   using C = Compute<T>;
   constexpr int W = kLanes<C>;
-  const int64_t chunks = ceil_div(features, kFeatureChunk);
+  const int64_t chunks = ceil_div(features.count, kFeatureChunk);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t panel = item / chunks, first = item % chunks * kFeatureChunk;
-    const int64_t last = std::min(first + kFeatureChunk, features);
-    C* const out = to + panel * features * lanes;
+    const int64_t last = std::min(first + kFeatureChunk, features.count);
+    if (!features.live(first, last)) continue;
+    C* const out = to + panel * features.count * lanes;
     for (int64_t m0 = 0; m0 < lanes; m0 += W) {
       const int64_t m = panel * lanes + m0;
       const int64_t rows = std::clamp<int64_t>(batch - m, 0, W);
@@ -1004,24 +1018,24 @@ Plan plan_for(const Args& g) {
 }
 
 template <typename T>
-void pack_matrix(const Args& g, Layout layout, const void* data, int64_t stride, int64_t features,
-                 int64_t block, void* space, int64_t begin, int64_t end) {
+void pack_matrix(const Args& g, Layout layout, const void* data, int64_t stride,
+                 const Features& features, void* space, int64_t begin, int64_t end) {
   if constexpr (std::is_same_v<T, BFloat16>) {
     if (g.plan.pairs) {
       auto* const to = static_cast<uint32_t*>(space);
       if (layout == Layout::Panels)
-        pack_paired_panels(static_cast<const T*>(data), stride, g.batch, features, block, to, begin,
-                           end);
+        pack_paired_panels(static_cast<const T*>(data), stride, g.batch, features, to, begin, end);
       else
-        pack_transposed(static_cast<const uint32_t*>(data), stride / 2, g.batch, features / 2,
-                        g.plan.panel, to, begin, end);
+        pack_transposed(static_cast<const uint32_t*>(data), stride / 2, g.batch,
+                        {features.count / 2, features.width / 2, features.ptr}, g.plan.panel, to,
+                        begin, end);
       return;
     }
   }
   const auto* const from = static_cast<const T*>(data);
   auto* const to = static_cast<Compute<T>*>(space);
   if (layout == Layout::Panels)
-    pack_panels<T>(from, stride, g.batch, features, block, to, begin, end);
+    pack_panels<T>(from, stride, g.batch, features, to, begin, end);
   else
     pack_transposed<T>(from, stride, g.batch, features, g.plan.panel, to, begin, end);
 }
@@ -1122,15 +1136,15 @@ Plan make_plan(const Args& args) {
 
 void pack_x(const Args& args, int64_t begin, int64_t end) {
   for_dtype(args.dtype, [&]<typename T>() {
-    pack_matrix<T>(args, args.plan.x, args.x, args.x_stride, args.in_features, args.cols,
-                   args.x_space, begin, end);
+    pack_matrix<T>(args, args.plan.x, args.x, args.x_stride,
+                   {args.in_features, args.cols, args.col_ptr}, args.x_space, begin, end);
   });
 }
 
 void pack_dy(const Args& args, int64_t begin, int64_t end) {
   for_dtype(args.dtype, [&]<typename T>() {
-    pack_matrix<T>(args, args.plan.dy, args.dy, args.dy_stride, args.out_features, args.rows,
-                   args.dy_space, begin, end);
+    pack_matrix<T>(args, args.plan.dy, args.dy, args.dy_stride,
+                   {args.out_features, args.rows, args.row_ptr}, args.dy_space, begin, end);
   });
 }
 
