@@ -12,7 +12,7 @@ enum class Product : int32_t {
   Forward,         // Y = X W^T + bias            x, values, bias -> out (batch, out_features)
   InputGradient,   // dX = dY W                   dy, values      -> out (batch, in_features)
   WeightGradient,  // dW = dY^T X, live blocks    dy, x           -> out (n_blocks, rows, cols)
-  Backward,        // both of single weights      dy, x, values   -> out as of dX, out_dw as of dW
+  Backward,        // both of single weights      dy, x, values   -> out as of dX, dw as of dW
 };
 
 // How a matrix (batch, features) is laid out for the kernel.
@@ -41,8 +41,9 @@ struct Plan {
   bool reorder_values = false;    // blocks in column order, in values_space
   bool pairs = false;  // bfloat16 is multiplied in pairs along the inner dimension, not widened
   int64_t panel;       // rows of the batch that a task takes; lanes of Layout::Transposed
-  int64_t x_bytes = 0, dy_bytes = 0, values_bytes = 0;  // workspaces; 0: none
-  Stage pack_x, pack_dy, pack_values, run;
+  int64_t x_bytes = 0, dy_bytes = 0, values_bytes = 0, sums_bytes = 0;  // workspaces; 0: none
+  bool sums_are_dw = false;  // where there is one sum of dW only, it may be the result itself
+  Stage pack_x, pack_dy, pack_values, run, finish;
 };
 
 struct Args {
@@ -62,20 +63,21 @@ struct Args {
   const void* values;
   const void* bias;       // may be null
   Activation activation;  // of Forward
-  void* out;              // contiguous
-  void* out_dw;           // of Backward alone
-  // The rows of a batch may come in parts. Values are packed with the first; dW is summed in fp32
-  // and written with the last.
-  bool first_part, last_part;
+  void* out;              // Y or dX, contiguous
+  void* dw;               // of WeightGradient and Backward, contiguous
+  // The rows of a batch come in parts: values are packed with the first, which also starts the sums
+  // of dW, in the dtype that is computed in. finish() adds the other sums, if any, and writes dW.
+  bool first_part;
   bool shares_dy;  // dX and dW are computed together: dY had better be packed for both
   Plan plan;
-  void *x_space, *dy_space, *values_space;
+  void *x_space, *dy_space, *values_space, *sums;
+  const void* other_sums;  // may be null
 };
 
 using MakePlan = Plan(const Args& args);
 using RunStage = void(const Args& args, int64_t begin, int64_t end);
 
 SECATEUR_PER_ISA(MakePlan make_plan; RunStage pack_x; RunStage pack_dy; RunStage pack_values;
-                 RunStage run)
+                 RunStage run; RunStage finish)
 
 }  // namespace secateur::block_sparse

@@ -583,30 +583,33 @@ struct Broadcast {
 // rows.
 template <typename C, int W, int R, int NV, typename E, typename D>
 inline void outer_rows(const D& dy, const E* x, int64_t x_stride, int64_t begin, int64_t end,
-                       C* part, int64_t i, int64_t rows) {
+                       C* part, int64_t stride, int64_t i, int64_t rows) {
   for (; i + R <= rows; i += R) {
     Tile<C, R, NV, W> tile;
-    C* const to = part + i * kPart;
+    C* const to = part + i * stride;
     unroll<R>([&](auto r) SECATEUR_INLINE {
-      unroll<NV>([&](auto v) SECATEUR_INLINE { tile.acc[r][v] = load<W>(to + r * kPart + v * W); });
+      unroll<NV>([&](auto v)
+                     SECATEUR_INLINE { tile.acc[r][v] = load<W>(to + r * stride + v * W); });
     });
     for (int64_t m = begin; m < end; m += dy.lanes)
       multiply_add(tile, dy.at(m) + i * dy.line, dy.line, dy.step, x + m * x_stride, x_stride,
                    std::min(dy.lanes, end - m));
     unroll<R>([&](auto r) SECATEUR_INLINE {
-      unroll<NV>([&](auto v) SECATEUR_INLINE { store<W>(to + r * kPart + v * W, tile.acc[r][v]); });
+      unroll<NV>([&](auto v)
+                     SECATEUR_INLINE { store<W>(to + r * stride + v * W, tile.acc[r][v]); });
     });
   }
   if constexpr (R > 1)
-    if (i < rows) outer_rows<C, W, R / 2, NV>(dy, x, x_stride, begin, end, part, i, rows);
+    if (i < rows) outer_rows<C, W, R / 2, NV>(dy, x, x_stride, begin, end, part, stride, i, rows);
 }
 
 template <typename C, int W, typename E, typename D>
 void outer_part(const D& dy, const E* x, int64_t x_stride, int64_t begin, int64_t end, C* part,
-                int64_t rows, int64_t cols) {
+                int64_t stride, int64_t rows, int64_t cols) {
   for_vectors<W>(cols, cols, [&](auto nv, int64_t j) {
     constexpr int NV = decltype(nv)::value;
-    outer_rows<C, W, kAccumulators / NV, NV>(dy, x + j, x_stride, begin, end, part + j, 0, rows);
+    outer_rows<C, W, kAccumulators / NV, NV>(dy, x + j, x_stride, begin, end, part + j, stride, 0,
+                                             rows);
   });
 }
 
@@ -622,27 +625,30 @@ void run_outer(const Args& g, int64_t begin, int64_t end) {
   const int64_t depth =
       ceil_div(4096 / (std::min(g.rows, kPart) + std::min(g.cols, kPart)), g.plan.panel) *
       g.plan.panel;
-  // What earlier parts of the batch have summed, where rounding it would lose digits.
-  C* const sums = static_cast<C*>(std::is_same_v<T, C> ? g.out : g.values_space);
-  alignas(64) C part[kPart * kPart];
+  C* const sums = static_cast<C*>(g.sums);  // of earlier parts of the batch
+  alignas(64) C part[kPart * kPart];        // of a block that sticks out over the edge
   for (int64_t p = begin; p < end; ++p) {
     const int64_t live_rows = std::min(g.rows, g.out_features - g.row_of[p] * g.rows);
     const int64_t live_cols = std::min(g.cols, g.in_features - g.col[p] * g.cols);
+    const bool whole = live_rows == g.rows && live_cols == g.cols;
     for (int64_t i0 = 0; i0 < g.rows; i0 += kPart) {
       for (int64_t j0 = 0; j0 < g.cols; j0 += kPart) {
         const int64_t rows = std::clamp<int64_t>(live_rows - i0, 0, kPart);
         const int64_t cols = std::min(kPart, g.cols - j0);
-        const int64_t place = (p * g.rows + i0) * g.cols + j0;
-        if (g.first_part)
-          std::fill_n(part, rows * kPart, C{0});
-        else
-          for (int64_t i = 0; i < rows; ++i)
-            std::copy_n(sums + place + i * g.cols, cols, part + i * kPart);
+        C* const place = sums + (p * g.rows + i0) * g.cols + j0;
+        C* const to = whole ? place : part;
+        const int64_t stride = whole ? g.cols : kPart;
+        for (int64_t i = 0; i < rows; ++i) {
+          if (g.first_part)
+            std::fill_n(to + i * stride, cols, C{0});
+          else if (!whole)
+            std::copy_n(place + i * g.cols, cols, part + i * kPart);
+        }
         const E* const right = x.base + g.col[p] * x.panel_stride + j0;
         const auto sum = [&](const auto& left) {
           for (int64_t m = 0; m < batch; m += depth)
-            outer_part<C, W>(left, right, x.row_stride, m, std::min(m + depth, batch), part, rows,
-                             cols);
+            outer_part<C, W>(left, right, x.row_stride, m, std::min(m + depth, batch), to, stride,
+                             rows, cols);
         };
         if (g.plan.dy == Layout::Transposed) {
           const E* const left =
@@ -658,16 +664,11 @@ void run_outer(const Args& g, int64_t begin, int64_t end) {
           sum(Broadcast<E, One, int64_t>{
               dy.base + g.row_of[p] * dy.panel_stride + i0, {}, dy.row_stride, batch, 0});
         }
-        if (!g.last_part) {
-          for (int64_t i = 0; i < rows; ++i)
-            std::copy_n(part + i * kPart, cols, sums + place + i * g.cols);
-          continue;
-        }
+        if (whole) continue;
         for (int64_t i = 0; i < std::min(kPart, g.rows - i0); ++i) {
-          T* const to = static_cast<T*>(g.out) + place + i * g.cols;
           const int64_t live = i < rows ? std::clamp<int64_t>(live_cols - j0, 0, cols) : 0;
-          for (int64_t j = 0; j < cols; j += W)
-            store<W>(to + j, load_first<W>(part + i * kPart + j, std::max<int64_t>(0, live - j)));
+          for (int64_t j = 0; j < cols; ++j)
+            place[i * g.cols + j] = j < live ? part[i * kPart + j] : C{0};
         }
       }
     }
@@ -756,15 +757,13 @@ inline void dot_single_weights(const Args& g, int64_t line, const C* dy, const C
   }
 }
 
-template <typename T>
+template <typename C>
 void run_dot_weights(const Args& g, int64_t begin, int64_t end) {
-  using C = Compute<T>;
-  constexpr bool kNarrow = !std::is_same_v<T, C>;
   const int64_t lanes = g.plan.panel, panels = ceil_div(g.batch, lanes);
   const int64_t block_size = g.rows * g.cols;
   const auto* const dy = static_cast<const C*>(g.dy_space);
   const auto* const x = static_cast<const C*>(g.x_space);
-  C* const out = static_cast<C*>(kNarrow ? g.values_space : g.out);
+  C* const out = static_cast<C*>(g.sums);
   // Panels of X that stay in L2 while all weights of a range pass over them.
   const int64_t step =
       std::max<int64_t>(1, (1 << 17) / (std::max<int64_t>(1, g.in_features) * lanes));
@@ -784,14 +783,6 @@ void run_dot_weights(const Args& g, int64_t begin, int64_t end) {
                        inside ? std::min(step, panels - panel) : 0, panel > 0 || !g.first_part,
                        out);
       }
-    });
-  }
-  if constexpr (kNarrow) {
-    if (!g.last_part) return;
-    for_groups(g.row_ptr, g.block_rows, 1, begin, end, [&](int64_t, int64_t line) {
-      const int64_t first = g.row_ptr[line] * block_size, last = g.row_ptr[line + 1] * block_size;
-      T* const to = static_cast<T*>(g.out);
-      for (int64_t i = first; i < last; ++i) to[i] = narrow<T>(out[i]);
     });
   }
 }
@@ -847,7 +838,7 @@ void run_backward(const Args& g, int64_t begin, int64_t end) {
   const Side s = side_of(g);
   const int64_t lanes = g.plan.panel, panels = ceil_div(g.batch, lanes);
   const auto* const values = static_cast<const C*>(g.values_space);
-  C* const sums = static_cast<C*>(g.values_space) + g.n_blocks;
+  C* const sums = static_cast<C*>(g.sums);
   const auto* const x = static_cast<const C*>(g.x_space);
   const auto* const dy = static_cast<const C*>(g.dy_space);
   T* const dx = static_cast<T*>(g.out);
@@ -876,13 +867,27 @@ void run_backward(const Args& g, int64_t begin, int64_t end) {
                           g.in_features);
     });
   }
-  if (!g.last_part) return;
-  T* const dw = static_cast<T*>(g.out_dw);
-  for_groups(s.ptr, s.lines, kFeatureChunk, begin, end, [&](int64_t, int64_t group) {
-    const int64_t last = std::min((group + 1) * kFeatureChunk, s.lines);
-    for (int64_t q = s.ptr[group * kFeatureChunk]; q < s.ptr[last]; ++q)
-      dw[g.position_t[q]] = narrow<T>(sums[q]);
-  });
+}
+
+// dW of elements [begin, end) of its sums.
+template <typename T>
+void finish_sums(const Args& g, int64_t begin, int64_t end) {
+  using C = Compute<T>;
+  constexpr int W = kLanes<C>;
+  const auto* const sums = static_cast<const C*>(g.sums);
+  const auto* const other = static_cast<const C*>(g.other_sums);
+  T* const dw = static_cast<T*>(g.dw);
+  int64_t i = begin;
+  if (g.product == Product::Backward) {  // whose sums are in column order
+    for (; i < end; ++i) dw[g.position_t[i]] = narrow<T>(other ? sums[i] + other[i] : sums[i]);
+    return;
+  }
+  for (; i + W <= end; i += W) {
+    Vec<C, W> sum = load<W>(sums + i);
+    if (other) sum += load<W>(other + i);
+    store<W>(dw + i, sum);
+  }
+  for (; i < end; ++i) dw[i] = narrow<T>(other ? sums[i] + other[i] : sums[i]);
 }
 
 // ---------------------------------------------------------------- plans
@@ -943,6 +948,11 @@ Plan plan_for(const Args& g) {
   const auto lay_out_dy = [&](Layout layout) {
     lay_out(layout, g.out_features, g.rows, plan.dy, plan.dy_bytes, plan.pack_dy);
   };
+  if (g.product == Product::WeightGradient || g.product == Product::Backward) {
+    plan.sums_bytes = values_bytes;
+    plan.sums_are_dw = !kNarrow && g.product == Product::WeightGradient;
+    plan.finish = {g.n_blocks * block_size, kTaskMultiplies / 4};
+  }
   const auto copy_values = [&] {
     plan.values_bytes = values_bytes;
     plan.pack_values = {g.n_blocks, std::max<int64_t>(1, kTaskMultiplies / 4 / block_size)};
@@ -956,7 +966,6 @@ Plan plan_for(const Args& g) {
     lay_out_dy(Layout::Transposed);
     plan.reorder_values = true;
     copy_values();
-    plan.values_bytes *= 2;  // and the sums of dW
     plan.run = group_stage(g.col_ptr, g.block_cols, kFeatureChunk, 1, g.batch);
     return plan;
   }
@@ -968,7 +977,6 @@ Plan plan_for(const Args& g) {
       lay_out_dy(!kNarrow && few ? Layout::InPlace
                  : plan.pairs    ? Layout::Panels
                                  : Layout::Transposed);
-      if (kNarrow && !(g.first_part && g.last_part)) plan.values_bytes = values_bytes;
       plan.run = {g.n_blocks, std::max<int64_t>(
                                   1, kTaskMultiplies / std::max<int64_t>(1, block_size * g.batch))};
     } else {
@@ -976,7 +984,6 @@ Plan plan_for(const Args& g) {
       plan.panel = batch_lanes;
       lay_out_x(Layout::Transposed);
       lay_out_dy(Layout::Transposed);
-      if (kNarrow) plan.values_bytes = values_bytes;
       plan.run = group_stage(g.row_ptr, g.block_rows, 1, 1, block_size * g.batch);
     }
     return plan;
@@ -1093,7 +1100,7 @@ void run_for(const Args& g, int64_t begin, int64_t end) {
   using C = Compute<T>;
   if (g.product == Product::Backward) return run_backward<T>(g, begin, end);
   if (g.plan.method == Method::Batch) {
-    if (g.product == Product::WeightGradient) return run_dot_weights<T>(g, begin, end);
+    if (g.product == Product::WeightGradient) return run_dot_weights<C>(g, begin, end);
     return run_batch<T>(g, begin, end);
   }
   if (g.plan.method == Method::Dots) return run_dots<T>(g, begin, end);
@@ -1154,6 +1161,10 @@ void pack_values(const Args& args, int64_t begin, int64_t end) {
 
 void run(const Args& args, int64_t begin, int64_t end) {
   for_dtype(args.dtype, [&]<typename T>() { run_for<T>(args, begin, end); });
+}
+
+void finish(const Args& args, int64_t begin, int64_t end) {
+  for_dtype(args.dtype, [&]<typename T>() { finish_sums<T>(args, begin, end); });
 }
 
 }  // namespace secateur::block_sparse::SECATEUR_ISA

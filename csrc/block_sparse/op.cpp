@@ -78,9 +78,13 @@ Tensor unit_stride(const Tensor& t) {
   return t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
 }
 
-// Rows of the batch that are packed and multiplied at a time: what is packed is still in a cache
-// when it is used, and the workspaces stay small. The last part takes what is left over.
-constexpr int64_t kRowsAtOnce = 256;
+// The batch is multiplied in lanes of neighbouring rows, each in parts. A part is small enough for
+// what is packed of it to be still in a cache when it is used. A lane packs for itself and is
+// worked on by as few threads as can be: memory that one core has packed and another one has read
+// costs the first one ten times as much to write to again.
+constexpr int64_t kRowsAtOnce = 128;
+constexpr int64_t kMaxLanes = 2;  // each has values and sums of its own
+constexpr int64_t kPanel = 64;    // rows that no part tears apart
 
 // One product: what launch() computes into `out`, and the tensors that its arguments point into.
 struct Call {
@@ -92,23 +96,23 @@ struct Call {
 Call call_of(const Args& args, const Tensor& like, std::initializer_list<int64_t> shape,
              std::vector<Tensor> inputs) {
   Call call{args, torch::stable::new_empty(like, shape), std::move(inputs)};
-  call.args.out = call.out.mutable_data_ptr();
-  prefer_huge_pages(call.args.out, call.out.numel() * call.out.element_size());
+  void* const memory = call.out.mutable_data_ptr();
+  (args.product == Product::WeightGradient ? call.args.dw : call.args.out) = memory;
+  prefer_huge_pages(memory, call.out.numel() * call.out.element_size());
   return call;
 }
 
 Args part_of(const Args& args, int64_t index, int64_t parts, int64_t itemsize) {
-  const int64_t rows = parts == 1 ? args.batch : args.batch / parts / 64 * 64, m = index * rows;
+  const int64_t panels = ceil_div(args.batch, kPanel);
+  const int64_t m = index * panels / parts * kPanel;
   const auto at_row = [&](const void* data, int64_t stride) {
     return static_cast<const char*>(data) + m * stride * itemsize;
   };
   Args part = args;
-  part.first_part = index == 0;
-  part.last_part = index == parts - 1;
-  part.batch = part.last_part ? args.batch - m : rows;
+  part.batch = std::min((index + 1) * panels / parts * kPanel, args.batch) - m;
   part.x = at_row(args.x, args.x_stride);
   part.dy = at_row(args.dy, args.dy_stride);
-  if (args.product != Product::WeightGradient)
+  if (args.out)
     part.out = const_cast<char*>(
         at_row(args.out, args.product == Product::Forward ? args.out_features : args.in_features));
   part.plan = SECATEUR_FOR_ISA(make_plan)(part);
@@ -146,44 +150,97 @@ class Workspace {
   int64_t bytes_ = 0;
 };
 
+using Lanes = std::vector<Args>;
+
+// Items of a stage are those of the first lane and then those of the next.
+void run_stage(const Lanes& lanes, Stage Plan::* stage, RunStage* run) {
+  int64_t items = 0;
+  for (const Args& lane : lanes) items += (lane.plan.*stage).items;
+  const auto range = [&](int64_t begin, int64_t end) {
+    for (const Args& lane : lanes) {
+      const int64_t count = (lane.plan.*stage).items;
+      const int64_t first = std::max<int64_t>(begin, 0), last = std::min(end, count);
+      if (first < last) run(lane, first, last);
+      begin -= count;
+      end -= count;
+    }
+  };
+  torch::stable::parallel_for(0, items, (lanes[0].plan.*stage).grain, range);
+}
+
+// Workspaces of all lanes of all calls; dY as it was packed for the first call serves the others
+// where `shared` says so.
+void reserve(std::vector<Lanes>& calls, const std::vector<bool>& shared, bool copy_values) {
+  int64_t bytes = 0;
+  std::vector<std::pair<void**, int64_t>> places;
+  const auto place = [&](void*& space, int64_t size) {
+    if (size == 0) return;
+    places.emplace_back(&space, bytes);
+    bytes += ceil_div(size, 64) * 64;
+  };
+  for (size_t c = 0; c < calls.size(); ++c) {
+    for (Args& lane : calls[c]) {
+      const bool first = &lane == &calls[c][0];
+      place(lane.x_space, lane.plan.x_bytes);
+      if (!shared[c]) place(lane.dy_space, lane.plan.dy_bytes);
+      if (first || copy_values) place(lane.values_space, lane.plan.values_bytes);
+      if (first && lane.plan.sums_are_dw)
+        lane.sums = lane.dw;
+      else
+        place(lane.sums, lane.plan.sums_bytes);
+    }
+  }
+  thread_local Workspace workspace;
+  char* const memory = workspace.of(bytes);
+  for (const auto& [space, offset] : places) *space = memory + offset;
+  for (size_t c = 0; c < calls.size(); ++c) {
+    for (size_t l = 0; l < calls[c].size(); ++l) {
+      if (shared[c]) calls[c][l].dy_space = calls[0][l].dy_space;
+      if (!copy_values) calls[c][l].values_space = calls[c][0].values_space;
+    }
+  }
+}
+
 // One product, or dX and dW of the same dY.
 void launch(std::vector<Call> calls) {
   std::erase_if(calls, [](const Call& call) { return call.out.numel() == 0; });
   if (calls.empty()) return;
-  const int64_t itemsize = calls[0].out.element_size();
-  const int64_t parts = std::max<int64_t>(1, calls[0].args.batch / kRowsAtOnce);
-  bool shared = false;
-  int64_t bytes = 0;
-  std::vector<std::pair<void**, int64_t>> spaces;
-  const auto reserve = [&](void*& space, int64_t size) {
-    space = nullptr;
-    if (size > 0) spaces.emplace_back(&space, bytes);
-    bytes += ceil_div(size, 64) * 64;
-  };
-  for (Call& call : calls) {
-    const Plan largest = part_of(call.args, parts - 1, parts, itemsize).plan;
-    shared = &call != &calls[0] && same_packed_dy(calls[0].args.plan, largest);
-    call.args.plan = largest;
-    reserve(call.args.x_space, largest.x_bytes);
-    reserve(call.args.values_space, largest.values_bytes);
-    if (!shared) reserve(call.args.dy_space, largest.dy_bytes);
+  const int64_t itemsize = calls[0].out.element_size(), batch = calls[0].args.batch;
+  const int64_t lanes = std::clamp<int64_t>(batch / kPanel, 1, kMaxLanes);
+  const int64_t steps = std::max<int64_t>(1, batch / (lanes * kRowsAtOnce));
+  const bool copy_values = torch::stable::get_num_threads() > 1;
+  std::vector<Lanes> all;
+  std::vector<bool> shared;
+  for (const Call& call : calls) {
+    Args largest = call.args;
+    largest.batch = std::min(batch, ceil_div(ceil_div(batch, kPanel), lanes * steps) * kPanel);
+    largest.plan = SECATEUR_FOR_ISA(make_plan)(largest);
+    shared.push_back(!all.empty() && same_packed_dy(all[0][0].plan, largest.plan));
+    all.emplace_back(lanes, largest);
   }
-  thread_local Workspace workspace;
-  char* const memory = workspace.of(bytes);
-  for (const auto& [space, offset] : spaces) *space = memory + offset;
-  if (shared) calls[1].args.dy_space = calls[0].args.dy_space;
-  for (int64_t index = 0; index < parts; ++index) {
-    for (const Call& call : calls) {
-      const Args part = part_of(call.args, index, parts, itemsize);
-      const auto parallel = [&](const Stage& stage, RunStage* run) {
-        torch::stable::parallel_for(0, stage.items, stage.grain,
-                                    [&](int64_t begin, int64_t end) { run(part, begin, end); });
-      };
-      parallel(part.plan.pack_x, SECATEUR_FOR_ISA(pack_x));
-      if (&call == &calls[0] || !shared) parallel(part.plan.pack_dy, SECATEUR_FOR_ISA(pack_dy));
-      if (part.first_part) parallel(part.plan.pack_values, SECATEUR_FOR_ISA(pack_values));
-      parallel(part.plan.run, SECATEUR_FOR_ISA(run));
+  reserve(all, shared, copy_values);
+
+  for (int64_t step = 0; step < steps; ++step) {
+    for (size_t c = 0; c < calls.size(); ++c) {
+      Lanes parts = all[c];
+      for (int64_t l = 0; l < lanes; ++l) {
+        parts[l].batch = batch;
+        parts[l] = part_of(parts[l], l * steps + step, lanes * steps, itemsize);
+        parts[l].first_part = step == 0;
+      }
+      run_stage(parts, &Plan::pack_x, SECATEUR_FOR_ISA(pack_x));
+      if (!shared[c]) run_stage(parts, &Plan::pack_dy, SECATEUR_FOR_ISA(pack_dy));
+      if (step == 0)
+        run_stage(copy_values ? parts : Lanes{parts[0]}, &Plan::pack_values,
+                  SECATEUR_FOR_ISA(pack_values));
+      run_stage(parts, &Plan::run, SECATEUR_FOR_ISA(run));
     }
+  }
+  for (const Lanes& call : all) {
+    if (lanes == 1 && call[0].plan.sums_are_dw) continue;
+    Args sum = call[0];
+    if (lanes > 1) sum.other_sums = call[1].sums;
+    run_stage({sum}, &Plan::finish, SECATEUR_FOR_ISA(finish));
   }
 }
 
@@ -290,7 +347,7 @@ std::tuple<Tensor, Tensor> backward_cpu(const Tensor& dy, const Tensor& x, const
     both.args.product = Product::Backward;
     both.args.x = dw.args.x;
     both.args.x_stride = dw.args.x_stride;
-    both.args.out_dw = dw.args.out;
+    both.args.dw = dw.args.dw;
     launch({both});
   } else {
     dx.args.shares_dy = dw.args.shares_dy = true;
