@@ -53,7 +53,8 @@ def main() -> None:
             n, k = (64 * round(log_uniform(4, 64)) for _ in "nk")
             weight = random_sparse(n, k, block, log_uniform(0.03, 0.6), dtype)
             density = weight.density
-            for direction, (dense, sparse) in products(m, weight).items():
+            for name, (dense, sparse) in products(m, weight).items():
+                direction = name.split("+")
                 calls = {"dense": harness.Call(dense), "sparse": harness.Call(sparse)}
                 real = [t.seconds for t in harness.measure(calls, 0.2, time.perf_counter).values()]
                 predicted = secateur.cost(
@@ -68,7 +69,7 @@ def main() -> None:
                     rows.append(
                         {
                             "kind": kind,
-                            "direction": direction,
+                            "direction": name,
                             "rows": m,
                             "shape": f"{n}x{k}",
                             "density": density,

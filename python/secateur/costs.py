@@ -8,6 +8,7 @@ the call. The factors are fitted to a few dozen timings of each block size, dtyp
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -29,10 +30,11 @@ from secateur.sparse import BlockSparse, block_size
 
 __all__ = ["Cost", "CostTable", "cost", "cost_table"]
 
-_Call = Callable[[], Tensor]
+_Call = Callable[[], object]
 
 DIRECTIONS = ("forward", "dx", "dw")
-_FORMAT = 1  # of the file
+_BOTH = "dx+dw"  # of a block-sparse layer are one product
+_TIMED = (*DIRECTIONS, _BOTH)
 
 # What is timed: (rows, out_features, in_features, density). Sizes differ by odd factors, so that
 # no term of the sum goes along with another one.
@@ -94,7 +96,8 @@ def cost(
         density: fraction of the blocks that are live, in [0, 1].
         dtype: of weights and inputs.
         direction: ``"forward"``, ``"dx"`` (gradient of the input), ``"dw"`` (gradient of the
-            weight), or several of them: their sum.
+            weight), or several of them: their sum, where both gradients are computed together, as
+            layers do.
 
     Returns:
         Seconds, dense and sparse, each without bias.
@@ -121,6 +124,8 @@ def cost(
         raise ValueError(f"expected direction to be among {DIRECTIONS}, got {direction!r}")
     if dtype not in FLOATS:
         raise TypeError(f"expected dtype to be one of {', '.join(map(str, FLOATS))}, got {dtype!r}")
+    if {"dx", "dw"} <= set(directions):
+        directions = (*(each for each in directions if each == "forward"), _BOTH)
     sides, shape = block_size(block), (rows, out_features, in_features)
     table = cost_table()
     return Cost(
@@ -179,7 +184,7 @@ class CostTable:
         Args:
             block: None for the dense product.
             dtype: of all operands.
-            direction: one of ``DIRECTIONS``.
+            direction: one of ``DIRECTIONS``, or ``"dx+dw"``.
             shape: (rows, out_features, in_features).
             density: fraction of live blocks.
         """
@@ -257,7 +262,7 @@ def _terms(
     if block is not None and any(side % 16 for side in block):
         lanes = 64 if m > 32 else 16  # such blocks take the batch in whole panels
         m = -(-m // lanes) * lanes
-    panel = (n if direction == "dx" else k) * 64 * 4.0
+    panel = (n if direction in ("dx", _BOTH) else k) * 64 * 4.0
     second, third = _CACHES
     return torch.tensor(
         [
@@ -310,7 +315,7 @@ def _measure(
     network does; and in two rounds, since neighbours on the machine come and go.
     """
     times: dict[str, list[tuple[list[float], list[float]]]] = {
-        direction: [([], []) for _ in _POINTS] for direction in DIRECTIONS
+        direction: [([], []) for _ in _POINTS] for direction in _TIMED
     }
     order = [*range(len(_POINTS))] * 2
     # disable=None: no bar where nobody sees it.
@@ -337,7 +342,7 @@ def _weight(block: tuple[int, int], dtype: torch.dtype, point: int) -> BlockSpar
 
 
 def products(rows: int, weight: BlockSparse) -> dict[str, tuple[_Call, _Call]]:
-    """The dense and the sparse product of each of ``DIRECTIONS``, on random operands."""
+    """The dense and the sparse product of each direction that is timed, on random operands."""
     n, k = weight.shape
     generator = torch.Generator().manual_seed(rows)
     x, dy, dense = (
@@ -355,6 +360,10 @@ def products(rows: int, weight: BlockSparse) -> dict[str, tuple[_Call, _Call]]:
         "dw": (
             lambda: dy.t() @ x,
             lambda: ops.block_sparse_linear_dw(dy, x, *pattern, *weight.block),
+        ),
+        _BOTH: (
+            lambda: (dy @ dense, dy.t() @ x),
+            lambda: ops.block_sparse_linear_backward(dy, x, values, *pattern),
         ),
     }
 
@@ -379,8 +388,15 @@ def _machine() -> str:
     )
 
 
+@functools.cache
+def _binary() -> str:
+    """What the kernels were when they were timed: a version number outlives many builds."""
+    return hashlib.sha256(Path(_C.__file__).read_bytes()).hexdigest()
+
+
 def _key() -> str:
-    return hashlib.sha256(f"{_FORMAT} {_machine()} {_POINTS}".encode()).hexdigest()[:16]
+    what = f"{_TIMED} {_binary()} {_machine()} {_POINTS}"
+    return hashlib.sha256(what.encode()).hexdigest()[:16]
 
 
 def processor() -> str:
@@ -408,7 +424,7 @@ def _read(path: Path) -> dict[str, dict[str, list[float]]]:
     try:
         timings: dict[str, dict[str, list[float]]] = json.loads(path.read_bytes())["timings"]
         for by_direction in timings.values():
-            if set(by_direction) != set(DIRECTIONS) or any(
+            if set(by_direction) != set(_TIMED) or any(
                 len(seconds) != len(_POINTS) or not all(s > 0 for s in seconds)
                 for seconds in by_direction.values()
             ):

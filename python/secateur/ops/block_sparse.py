@@ -127,9 +127,9 @@ def block_sparse_linear(
     ``weight.values`` and ``bias``, to any order. Accumulates in float32 (float64 in double). Under
     autocast, inputs are cast to its dtype, as in ``torch.nn.functional.linear``.
 
-    Memory beside the result, in the compute dtype, which the thread keeps for its next call: at most
-    512 rows of ``x`` and the live values twice; in the backward pass at most 512 rows of ``x`` and
-    of y's gradient and the live values four times.
+    Memory beside the result, in the compute dtype, which the thread keeps for its next call: at
+    most 512 rows of ``x`` and the live values twice; in the backward pass at most 512 rows of ``x``
+    and of y's gradient and the live values four times.
 
     Args:
         x: ``(..., in_features)``; float32, bfloat16, float16 or float64; any strides.
