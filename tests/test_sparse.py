@@ -327,6 +327,15 @@ def test_gelu_is_as_good_as_its_comment_says() -> None:
     assert off.max() < 2e-7  # |x| / 2 times erf's error, and one rounding
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_sees_the_op_with_parameters_that_want_gradients() -> None:
+    weight = BlockSparse.from_dense(torch.randn(32, 48), 16, random_mask(32, 48, 16, 0.5))
+    weight.values.requires_grad_()
+    x = torch.randn(3, 4, 48)
+    each = torch.func.vmap(lambda x: block_sparse_linear(x, weight))(x)
+    torch.testing.assert_close(each, block_sparse_linear(x, weight))
+
+
 @pytest.mark.parametrize("block", [1, 16], ids=str)
 def test_compile_fullgraph(block: int) -> None:
     torch.manual_seed(0)

@@ -287,6 +287,11 @@ SECATEUR_INLINE inline void feature_tile(const Side& s, int64_t line, const E* a
   using C = Compute<T>;
   constexpr int W = kLanes<C>;
   Tile<C, R, NV, W> tile = {};
+  T* const place = out + line * s.line_width + j;
+  unroll<R>([&](auto i) SECATEUR_INLINE {  // in time for the store, however far the memory is
+    unroll<NV>([&](auto v)
+                   SECATEUR_INLINE { __builtin_prefetch(place + i * s.out_features + v * W, 1); });
+  });
   for (int64_t p = s.ptr[line]; p < s.ptr[line + 1]; ++p)
     multiply_add(tile, a + s.index[p] * s.inner_width * a_step, a_line, a_step,
                  blocks + s.block(p) * s.line_width * s.inner_width + j, s.line_width, s.inner(p));
