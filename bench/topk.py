@@ -5,13 +5,15 @@ Ours scores and selects in one go (``ops.select``), or selects among given score
 torch's ``topk`` or numpy's ``partition``. ``prune`` is torch.nn.utils.prune.global_unstructured
 with the scores as importance; it multiplies weights by masks as well, and needs scores that are not
 negative. ``dot`` is ``torch.dot`` over the same weights and gradients: the time it takes to read
-them once. ``--quick`` takes under a minute.
+them once. ``--quick`` takes under a minute. ``--alone`` leaves the peers out, whose copies would
+not fit where the scores barely do, and says how much memory a selection takes: 1e9 scores in 20 GB.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +24,7 @@ from torch.nn.utils import prune
 from bench import harness
 from bench.harness import Call
 from secateur import ops
+from secateur.report import peak_memory
 
 PEERS = ("kthvalue", "topk", "partition", "prune")
 
@@ -139,6 +142,31 @@ def given(
     return timed(name, keep, calls, 4 * sum(s.numel() for s in scores), seconds)
 
 
+def alone(weights: list[Tensor], grads: list[Tensor], keep: int, seconds: float) -> dict[str, Any]:
+    """|g * w| without peers, and the memory it takes."""
+    select = partial(ops.select, weights, grads, formula="taylor", keep=keep)
+    before = peak_memory()
+    bits = select()
+    taken = peak_memory() - before
+    kept, worst, best = 0, torch.inf, -torch.inf
+    for b, w, g in zip(bits, weights, grads, strict=True):
+        mask, scores = ops.unpack_mask(b, w.shape), (w * g).abs()
+        kept += int(mask.sum())
+        worst = min(worst, scores.where(mask, torch.inf).min().item())
+        best = max(best, scores.where(~mask, -torch.inf).max().item())
+    if kept != keep or worst < best:
+        raise RuntimeError(f"expected the {keep} best, got {kept} with another threshold")
+    calls = {
+        "ours": Call(select),
+        "dot": Call(lambda: [torch.dot(w, g) for w, g in zip(weights, grads, strict=True)]),
+    }
+    numel = sum(w.numel() for w in weights)
+    row = timed("|g*w|", keep, calls, 8 * numel, seconds)
+    masks = sum(b.nbytes for b in bits)
+    row = {key: cell for key, cell in row.items() if cell is not None}
+    return row | {"masks MiB": masks / 2**20, "beside MiB": max(0, taken - masks) / 2**20}
+
+
 def timed(
     name: str, keep: int, calls: dict[str, Call], read: int, seconds: float
 ) -> dict[str, Any]:
@@ -168,6 +196,9 @@ def main() -> None:
     parser.add_argument("--numel", type=int, default=16_000_000, help="scores in all")
     parser.add_argument("--tensors", type=int, default=50, help="in how many tensors")
     parser.add_argument("--threads", type=int, help="default: torch's")
+    parser.add_argument(
+        "--alone", action="store_true", help="no peers; says how much memory it took"
+    )
     harness.output_arguments(parser)
     args = parser.parse_args()
     numel, seconds = (2_000_000, 1.0) if args.quick else (args.numel, 8.0)
@@ -175,6 +206,11 @@ def main() -> None:
         torch.set_num_threads(args.threads)
 
     weights, grads = tensors(numel, args.tensors, 0), tensors(numel, args.tensors, 1)
+    if args.alone:
+        rows = [alone(weights, grads, numel // 10, seconds)]
+        harness.print_table(rows)
+        harness.save(rows, args)
+        return
     steps = [torch.randint(0, 252, w.shape) for w in weights]
     numpy = harness.peer("numpy")
     rows = [
