@@ -6,13 +6,13 @@ torch's ``topk`` or numpy's ``partition``. ``prune`` is torch.nn.utils.prune.glo
 with the scores as importance; it multiplies weights by masks as well, and needs scores that are not
 negative. ``dot`` is ``torch.dot`` over the same weights and gradients: the time it takes to read
 them once. ``--quick`` takes under a minute. ``--alone`` leaves the peers out, whose copies would
-not fit where the scores barely do, and says how much memory a selection takes: 1e9 scores in 20 GB.
+not fit where the scores barely do, and says how much memory a selection takes.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -78,13 +78,22 @@ def check(masks: list[Tensor], scores: list[Tensor], keep: int) -> None:
         raise RuntimeError(f"expected the {keep} best by a stable sort, got another mask")
 
 
+def marked_best(masks: Iterable[Tensor], scores: Iterable[Tensor]) -> int:
+    """How many are marked; none of them is worse than one left out."""
+    count, worst, best = 0, torch.inf, -torch.inf
+    for mask, score in zip(masks, scores, strict=True):
+        count += int(mask.sum())
+        worst = min(worst, score.where(mask, torch.inf).min().item())
+        best = max(best, score.where(~mask, -torch.inf).max().item())
+    if worst < best:
+        raise RuntimeError("expected the best, got a worse one in the place of a better one")
+    return count
+
+
 def check_peer(masks: list[Tensor], scores: list[Tensor], keep: int) -> None:
-    """None left out is better than one marked; of equal scores, more than asked for may be."""
-    marked, scored = torch.cat(masks), torch.cat(scores)
-    worst = scored.where(marked, torch.inf).min()
-    best = scored.where(~marked, -torch.inf).max()
-    if int(marked.sum()) < keep or worst < best:
-        raise RuntimeError(f"expected the {keep} best, got another mask")
+    """Of equal scores, more than asked for may be marked."""
+    if (count := marked_best(masks, scores)) < keep:
+        raise RuntimeError(f"expected the {keep} best, got {count}")
 
 
 def peers(
@@ -148,23 +157,19 @@ def alone(weights: list[Tensor], grads: list[Tensor], keep: int, seconds: float)
     before = peak_memory()
     bits = select()
     taken = peak_memory() - before
-    kept, worst, best = 0, torch.inf, -torch.inf
-    for b, w, g in zip(bits, weights, grads, strict=True):
-        mask, scores = ops.unpack_mask(b, w.shape), (w * g).abs()
-        kept += int(mask.sum())
-        worst = min(worst, scores.where(mask, torch.inf).min().item())
-        best = max(best, scores.where(~mask, -torch.inf).max().item())
-    if kept != keep or worst < best:
-        raise RuntimeError(f"expected the {keep} best, got {kept} with another threshold")
+    masks = (ops.unpack_mask(b, w.shape) for b, w in zip(bits, weights, strict=True))
+    count = marked_best(masks, ((w * g).abs() for w, g in zip(weights, grads, strict=True)))
+    if count != keep:
+        raise RuntimeError(f"expected the {keep} best, got {count}")
     calls = {
         "ours": Call(select),
         "dot": Call(lambda: [torch.dot(w, g) for w, g in zip(weights, grads, strict=True)]),
     }
     numel = sum(w.numel() for w in weights)
     row = timed("|g*w|", keep, calls, 8 * numel, seconds)
-    masks = sum(b.nbytes for b in bits)
+    packed = sum(b.nbytes for b in bits)
     row = {key: cell for key, cell in row.items() if cell is not None}
-    return row | {"masks MiB": masks / 2**20, "beside MiB": max(0, taken - masks) / 2**20}
+    return row | {"masks MiB": packed / 2**20, "beside MiB": max(0, taken - packed) / 2**20}
 
 
 def timed(

@@ -15,6 +15,8 @@ enum class Product : int32_t {
   Backward,        // both of single weights      dy, x, values   -> out as of dX, dw as of dW
 };
 
+constexpr int64_t kBatchLanes = 64;  // rows of the batch in one transposed panel
+
 // How a matrix (batch, features) is laid out for the kernel.
 enum class Layout : int32_t {
   InPlace,     // as given

@@ -27,8 +27,7 @@ namespace {
 
 // Fewer rows than this do not pay for transposing the weights.
 constexpr int64_t kFewRows = 16;
-constexpr int64_t kBatchLanes = 64;           // rows of the batch in one transposed panel
-constexpr int64_t kFewLanes = 16;             // the same for small batches and for Features
+constexpr int64_t kFewLanes = 16;             // kBatchLanes of small batches and of Features
 constexpr int64_t kFeatureRows = 64;          // rows of the batch in one task of Features
 constexpr int64_t kFeatureChunk = 16;         // output features that Batch transposes at a time
 constexpr int64_t kPackRows = 8;              // rows of the batch copied to panels at a time

@@ -78,13 +78,12 @@ Tensor unit_stride(const Tensor& t) {
   return t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
 }
 
-// The batch is multiplied in lanes of neighbouring rows, each in parts. A part is small enough for
-// what is packed of it to be still in a cache when it is used. A lane packs for itself and is
-// worked on by as few threads as can be: memory that one core has packed and another one has read
-// costs the first one ten times as much to write to again.
+// The batch is multiplied in two halves at a time, each in parts; a small one is a single half. A
+// part is small enough for what is packed of it to be still in a cache when it is used. A half
+// packs for itself and is worked on by as few threads as can be: memory that one core has packed
+// and another one has read takes the first one far longer to write to again.
 constexpr int64_t kRowsAtOnce = 128;
-constexpr int64_t kMaxLanes = 2;  // each has values and sums of its own
-constexpr int64_t kPanel = 64;    // rows that no part tears apart
+constexpr int64_t kMaxHalves = 2;  // each has values and sums of its own
 
 // One product: what launch() computes into `out`, and the tensors that its arguments point into.
 struct Call {
@@ -103,13 +102,13 @@ Call call_of(const Args& args, const Tensor& like, std::initializer_list<int64_t
 }
 
 Args part_of(const Args& args, int64_t index, int64_t parts, int64_t itemsize) {
-  const int64_t panels = ceil_div(args.batch, kPanel);
-  const int64_t m = index * panels / parts * kPanel;
+  const int64_t panels = ceil_div(args.batch, kBatchLanes);
+  const int64_t m = index * panels / parts * kBatchLanes;
   const auto at_row = [&](const void* data, int64_t stride) {
     return static_cast<const char*>(data) + m * stride * itemsize;
   };
   Args part = args;
-  part.batch = std::min((index + 1) * panels / parts * kPanel, args.batch) - m;
+  part.batch = std::min((index + 1) * panels / parts * kBatchLanes, args.batch) - m;
   part.x = at_row(args.x, args.x_stride);
   part.dy = at_row(args.dy, args.dy_stride);
   if (args.out)
@@ -150,27 +149,27 @@ class Workspace {
   int64_t bytes_ = 0;
 };
 
-using Lanes = std::vector<Args>;
+using Halves = std::vector<Args>;
 
-// Items of a stage are those of the first lane and then those of the next.
-void run_stage(const Lanes& lanes, Stage Plan::* stage, RunStage* run) {
+// Items of a stage are those of the first half and then those of the next.
+void run_stage(const Halves& halves, Stage Plan::* stage, RunStage* run) {
   int64_t items = 0;
-  for (const Args& lane : lanes) items += (lane.plan.*stage).items;
+  for (const Args& half : halves) items += (half.plan.*stage).items;
   const auto range = [&](int64_t begin, int64_t end) {
-    for (const Args& lane : lanes) {
-      const int64_t count = (lane.plan.*stage).items;
+    for (const Args& half : halves) {
+      const int64_t count = (half.plan.*stage).items;
       const int64_t first = std::max<int64_t>(begin, 0), last = std::min(end, count);
-      if (first < last) run(lane, first, last);
+      if (first < last) run(half, first, last);
       begin -= count;
       end -= count;
     }
   };
-  torch::stable::parallel_for(0, items, (lanes[0].plan.*stage).grain, range);
+  torch::stable::parallel_for(0, items, (halves[0].plan.*stage).grain, range);
 }
 
-// Workspaces of all lanes of all calls; dY as it was packed for the first call serves the others
+// Workspaces of all halves of all calls; dY as it was packed for the first call serves the others
 // where `shared` says so.
-void reserve(std::vector<Lanes>& calls, const std::vector<bool>& shared, bool copy_values) {
+void reserve(std::vector<Halves>& calls, const std::vector<bool>& shared, bool copy_values) {
   int64_t bytes = 0;
   std::vector<std::pair<void**, int64_t>> places;
   const auto place = [&](void*& space, int64_t size) {
@@ -179,24 +178,24 @@ void reserve(std::vector<Lanes>& calls, const std::vector<bool>& shared, bool co
     bytes += ceil_div(size, 64) * 64;
   };
   for (size_t c = 0; c < calls.size(); ++c) {
-    for (Args& lane : calls[c]) {
-      const bool first = &lane == &calls[c][0];
-      place(lane.x_space, lane.plan.x_bytes);
-      if (!shared[c]) place(lane.dy_space, lane.plan.dy_bytes);
-      if (first || copy_values) place(lane.values_space, lane.plan.values_bytes);
-      if (first && lane.plan.sums_are_dw)
-        lane.sums = lane.dw;
+    for (Args& half : calls[c]) {
+      const bool first = &half == &calls[c][0];
+      place(half.x_space, half.plan.x_bytes);
+      if (!shared[c]) place(half.dy_space, half.plan.dy_bytes);
+      if (first || copy_values) place(half.values_space, half.plan.values_bytes);
+      if (first && half.plan.sums_are_dw)
+        half.sums = half.dw;
       else
-        place(lane.sums, lane.plan.sums_bytes);
+        place(half.sums, half.plan.sums_bytes);
     }
   }
   thread_local Workspace workspace;
   char* const memory = workspace.of(bytes);
   for (const auto& [space, offset] : places) *space = memory + offset;
   for (size_t c = 0; c < calls.size(); ++c) {
-    for (size_t l = 0; l < calls[c].size(); ++l) {
-      if (shared[c]) calls[c][l].dy_space = calls[0][l].dy_space;
-      if (!copy_values) calls[c][l].values_space = calls[c][0].values_space;
+    for (size_t h = 0; h < calls[c].size(); ++h) {
+      if (shared[c]) calls[c][h].dy_space = calls[0][h].dy_space;
+      if (!copy_values) calls[c][h].values_space = calls[c][0].values_space;
     }
   }
 }
@@ -206,40 +205,40 @@ void launch(std::vector<Call> calls) {
   std::erase_if(calls, [](const Call& call) { return call.out.numel() == 0; });
   if (calls.empty()) return;
   const int64_t itemsize = calls[0].out.element_size(), batch = calls[0].args.batch;
-  const int64_t lanes = std::clamp<int64_t>(batch / kPanel, 1, kMaxLanes);
-  const int64_t steps = std::max<int64_t>(1, batch / (lanes * kRowsAtOnce));
+  const int64_t halves = std::clamp<int64_t>(batch / kBatchLanes, 1, kMaxHalves);
+  const int64_t steps = std::max<int64_t>(1, batch / (halves * kRowsAtOnce));
   const bool copy_values = torch::stable::get_num_threads() > 1;
-  std::vector<Lanes> all;
+  std::vector<Halves> all;
   std::vector<bool> shared;
   for (const Call& call : calls) {
-    Args largest = call.args;
-    largest.batch = std::min(batch, ceil_div(ceil_div(batch, kPanel), lanes * steps) * kPanel);
-    largest.plan = SECATEUR_FOR_ISA(make_plan)(largest);
-    shared.push_back(!all.empty() && same_packed_dy(all[0][0].plan, largest.plan));
-    all.emplace_back(lanes, largest);
+    Args whole = call.args, largest = call.args;
+    largest.batch =
+        std::min(batch, ceil_div(ceil_div(batch, kBatchLanes), halves * steps) * kBatchLanes);
+    whole.plan = SECATEUR_FOR_ISA(make_plan)(largest);
+    shared.push_back(!all.empty() && same_packed_dy(all[0][0].plan, whole.plan));
+    all.emplace_back(halves, whole);
   }
   reserve(all, shared, copy_values);
 
   for (int64_t step = 0; step < steps; ++step) {
     for (size_t c = 0; c < calls.size(); ++c) {
-      Lanes parts = all[c];
-      for (int64_t l = 0; l < lanes; ++l) {
-        parts[l].batch = batch;
-        parts[l] = part_of(parts[l], l * steps + step, lanes * steps, itemsize);
-        parts[l].first_part = step == 0;
+      Halves parts = all[c];
+      for (int64_t h = 0; h < halves; ++h) {
+        parts[h] = part_of(parts[h], h * steps + step, halves * steps, itemsize);
+        parts[h].first_part = step == 0;
       }
       run_stage(parts, &Plan::pack_x, SECATEUR_FOR_ISA(pack_x));
       if (!shared[c]) run_stage(parts, &Plan::pack_dy, SECATEUR_FOR_ISA(pack_dy));
       if (step == 0)
-        run_stage(copy_values ? parts : Lanes{parts[0]}, &Plan::pack_values,
+        run_stage(copy_values ? parts : Halves{parts[0]}, &Plan::pack_values,
                   SECATEUR_FOR_ISA(pack_values));
       run_stage(parts, &Plan::run, SECATEUR_FOR_ISA(run));
     }
   }
-  for (const Lanes& call : all) {
-    if (lanes == 1 && call[0].plan.sums_are_dw) continue;
+  for (const Halves& call : all) {
+    if (halves == 1 && call[0].plan.sums_are_dw) continue;
     Args sum = call[0];
-    if (lanes > 1) sum.other_sums = call[1].sums;
+    if (halves > 1) sum.other_sums = call[1].sums;
     run_stage({sum}, &Plan::finish, SECATEUR_FOR_ISA(finish));
   }
 }

@@ -264,7 +264,7 @@ def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 
 
 class _Linear(torch.autograd.Function):
-    """The op with its gradient as registered below, at two thirds of the time beside the kernels.
+    """The op with its gradient as registered below, in less time beside the kernels.
 
     torch.compile and torch.func see the op itself.
     """
