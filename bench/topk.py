@@ -78,22 +78,17 @@ def check(masks: list[Tensor], scores: list[Tensor], keep: int) -> None:
         raise RuntimeError(f"expected the {keep} best by a stable sort, got another mask")
 
 
-def marked_best(masks: Iterable[Tensor], scores: Iterable[Tensor]) -> int:
-    """How many are marked; none of them is worse than one left out."""
+def check_peer(
+    masks: Iterable[Tensor], scores: Iterable[Tensor], keep: int, exact: bool = False
+) -> None:
+    """None left out is better than one marked; of equal scores, more may be, unless ``exact``."""
     count, worst, best = 0, torch.inf, -torch.inf
     for mask, score in zip(masks, scores, strict=True):
         count += int(mask.sum())
         worst = min(worst, score.where(mask, torch.inf).min().item())
         best = max(best, score.where(~mask, -torch.inf).max().item())
-    if worst < best:
-        raise RuntimeError("expected the best, got a worse one in the place of a better one")
-    return count
-
-
-def check_peer(masks: list[Tensor], scores: list[Tensor], keep: int) -> None:
-    """Of equal scores, more than asked for may be marked."""
-    if (count := marked_best(masks, scores)) < keep:
-        raise RuntimeError(f"expected the {keep} best, got {count}")
+    if count < keep or (exact and count > keep) or worst < best:
+        raise RuntimeError(f"expected the {keep} best, got another mask")
 
 
 def peers(
@@ -158,9 +153,8 @@ def alone(weights: list[Tensor], grads: list[Tensor], keep: int, seconds: float)
     bits = select()
     taken = peak_memory() - before
     masks = (ops.unpack_mask(b, w.shape) for b, w in zip(bits, weights, strict=True))
-    count = marked_best(masks, ((w * g).abs() for w, g in zip(weights, grads, strict=True)))
-    if count != keep:
-        raise RuntimeError(f"expected the {keep} best, got {count}")
+    scores = ((w * g).abs() for w, g in zip(weights, grads, strict=True))
+    check_peer(masks, scores, keep, exact=True)
     calls = {
         "ours": Call(select),
         "dot": Call(lambda: [torch.dot(w, g) for w, g in zip(weights, grads, strict=True)]),
