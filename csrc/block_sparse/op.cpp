@@ -207,7 +207,8 @@ void launch(std::vector<Call> calls) {
   const int64_t itemsize = calls[0].out.element_size(), batch = calls[0].args.batch;
   const int64_t halves = std::clamp<int64_t>(batch / kBatchLanes, 1, kMaxHalves);
   const int64_t steps = std::max<int64_t>(1, batch / (halves * kRowsAtOnce));
-  const bool copy_values = torch::stable::get_num_threads() > 1;
+  const int64_t threads = torch::stable::get_num_threads();
+  const bool copy_values = threads > 1;
   std::vector<Halves> all;
   std::vector<bool> shared;
   for (const Call& call : calls) {
@@ -220,21 +221,28 @@ void launch(std::vector<Call> calls) {
   }
   reserve(all, shared, copy_values);
 
-  for (int64_t step = 0; step < steps; ++step) {
-    for (size_t c = 0; c < calls.size(); ++c) {
-      Halves parts = all[c];
-      for (int64_t h = 0; h < halves; ++h) {
-        parts[h] = part_of(parts[h], h * steps + step, halves * steps, itemsize);
-        parts[h].first_part = step == 0;
+  const auto multiply = [&](int64_t first, int64_t last) {  // halves
+    for (int64_t step = 0; step < steps; ++step) {
+      for (size_t c = 0; c < calls.size(); ++c) {
+        Halves parts(all[c].begin() + first, all[c].begin() + last);
+        for (int64_t h = first; h < last; ++h) {
+          Args& part = parts[h - first];
+          part = part_of(part, h * steps + step, halves * steps, itemsize);
+          part.first_part = step == 0;
+        }
+        run_stage(parts, &Plan::pack_x, SECATEUR_FOR_ISA(pack_x));
+        if (!shared[c]) run_stage(parts, &Plan::pack_dy, SECATEUR_FOR_ISA(pack_dy));
+        if (step == 0)
+          run_stage(copy_values ? parts : Halves{parts[0]}, &Plan::pack_values,
+                    SECATEUR_FOR_ISA(pack_values));
+        run_stage(parts, &Plan::run, SECATEUR_FOR_ISA(run));
       }
-      run_stage(parts, &Plan::pack_x, SECATEUR_FOR_ISA(pack_x));
-      if (!shared[c]) run_stage(parts, &Plan::pack_dy, SECATEUR_FOR_ISA(pack_dy));
-      if (step == 0)
-        run_stage(copy_values ? parts : Halves{parts[0]}, &Plan::pack_values,
-                  SECATEUR_FOR_ISA(pack_values));
-      run_stage(parts, &Plan::run, SECATEUR_FOR_ISA(run));
     }
-  }
+  };
+  if (threads == halves)
+    torch::stable::parallel_for(0, halves, 1, multiply);
+  else
+    multiply(0, halves);
   for (const Halves& call : all) {
     if (halves == 1 && call[0].plan.sums_are_dw) continue;
     Args sum = call[0];
