@@ -40,19 +40,26 @@ _TIMED = (*DIRECTIONS, _BOTH)
 # no term of the sum goes along with another one.
 _POINTS = (
     *((m, n, k, d) for m in (1, 2, 4, 8, 15) for n, k, d in (
-        (320, 320, 0.5), (1536, 512, 0.2), (640, 2560, 0.1), (2048, 2048, 0.3), (4096, 3072, 0.1),
+        (320, 320, 0.5), (1024, 768, 0.1), (1536, 512, 0.2), (640, 2560, 0.1), (2048, 2048, 0.3),
+        (4096, 3072, 0.1),
     )),
-    (16, 768, 768, 0.3), (24, 2048, 512, 0.1), (32, 512, 2048, 0.5), (48, 1024, 1024, 0.05),
-    (64, 3072, 768, 0.1), (64, 768, 3072, 0.3), (96, 320, 1280, 0.2), (128, 2048, 2048, 0.1),
-    (128, 512, 512, 0.6), (192, 1280, 320, 0.05), (256, 4096, 1024, 0.1), (256, 1024, 4096, 0.03),
-    (384, 640, 640, 0.2), (512, 2048, 768, 0.05), (512, 768, 2048, 0.3), (768, 256, 1536, 0.1),
-    (1024, 1024, 1024, 0.1), (1024, 2560, 512, 0.03), (1536, 512, 512, 0.5),
+    (16, 768, 768, 0.3), (16, 2048, 1024, 0.1), (20, 3072, 1536, 0.05), (24, 2048, 512, 0.1),
+    (32, 512, 2048, 0.5), (32, 1024, 256, 0.3), (48, 1024, 1024, 0.05), (48, 384, 2048, 0.1),
+    (64, 3072, 768, 0.1), (64, 768, 3072, 0.3), (64, 256, 512, 0.3), (80, 640, 640, 0.5),
+    (96, 320, 1280, 0.2), (96, 2048, 3072, 0.05), (112, 1536, 384, 0.3), (128, 2048, 2048, 0.1),
+    (128, 512, 512, 0.6), (128, 768, 1536, 0.2), (192, 1280, 320, 0.05), (192, 512, 4096, 0.1),
+    (256, 4096, 1024, 0.1), (256, 1024, 4096, 0.03), (256, 2048, 2048, 0.05), (384, 640, 640, 0.2),
+    (384, 3072, 384, 0.2), (512, 2048, 768, 0.05), (512, 768, 2048, 0.3), (512, 1024, 1024, 0.1),
+    (768, 256, 1536, 0.1), (768, 2048, 640, 0.2), (1024, 1024, 1024, 0.1), (1024, 2560, 512, 0.03),
+    (1024, 384, 3072, 0.05), (1536, 512, 512, 0.5), (1536, 1024, 1024, 0.03),
     (2048, 1024, 512, 0.05), (2048, 384, 1536, 0.1), (2048, 256, 256, 0.3),
 )  # fmt: skip
 # Dense products of few rows take other paths in each of these ranges; sparse ones only below 16.
 _DENSE_RANGES, _SPARSE_RANGES = (1, 2, 4, 8, 16), (1, 16)
-_SECONDS = 0.02  # for each timing
+_VISITS = 6  # to each timing, as far apart as can be: what disturbs a machine comes and goes
+_SECONDS = 0.006  # for each visit
 _CACHES = (1 << 20, 16 << 20)  # bytes that a core can hope for of the second and the third one
+_PAGE = 4096  # bytes; rows that are pages apart fall on the same lines of a cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +93,9 @@ def cost(
     """Predict what a linear layer costs with dense weights, and with live blocks only.
 
     On CPUs, with as many threads as torch uses now. What has not been measured on this machine yet
-    is measured first (seconds, with a progress bar) and kept in the user's cache directory. A
-    prediction is rough: ``bench/costs.py`` shows how far off on layers that were not measured.
+    is measured first (a minute for each block size and dtype, with a progress bar) and kept in
+    the user's cache directory. A prediction is rough, and of a machine that nothing else disturbs:
+    ``bench/costs.py`` shows how far off on layers that were not measured.
 
     Args:
         out_features, in_features: the weight's shape.
@@ -264,14 +272,24 @@ def _terms(
         m = -(-m // lanes) * lanes
     panel = (n if direction in ("dx", _BOTH) else k) * 64 * 4.0
     second, third = _CACHES
+    # Between two calls of a product a dense one of this size passes through the caches.
+    weights_lost = _missed(n * k * 4, third)
+    lost = _missed((n * k + m * (n + k)) * 4, third)
+    n_pages, k_pages = (float(features * 4 % _PAGE == 0) for features in (n, k))
     return torch.tensor(
         [
             1.0,
+            n + k,
             weights,
             weights * _missed(weights * 4, second),
-            weights * _missed(weights * 4, third),
+            weights * weights_lost,
+            weights * k_pages if block is None else 0.0,  # blocks lie in a row
             m * k,
+            m * k * lost,
+            m * k * k_pages,
             m * n,
+            m * n * lost,
+            m * n * n_pages,
             m * weights,
             m * weights * _missed(panel, second / 2),
         ],
@@ -312,21 +330,19 @@ def _measure(
     """Time every direction at every point, dense and sparse.
 
     They take turns, since one that is repeated finds its operands in a cache, as no layer of a
-    network does; and in two rounds, since neighbours on the machine come and go.
+    network does.
     """
     times: dict[str, list[tuple[list[float], list[float]]]] = {
         direction: [([], []) for _ in _POINTS] for direction in _TIMED
     }
-    order = [*range(len(_POINTS))] * 2
+    order = [*range(len(_POINTS))] * _VISITS
     # disable=None: no bar where nobody sees it.
     for i in tqdm(order, f"secateur measures {_name(block, dtype)}", disable=None):
         for direction, calls in products(_POINTS[i][0], _weight(block, dtype, i)).items():
-            _time(calls, times[direction][i])
+            for seconds, record in zip(visit(calls), times[direction][i], strict=True):
+                record.append(seconds)
     dense, sparse = (
-        {
-            direction: [statistics.median(pair[kind]) for pair in pairs]
-            for direction, pairs in times.items()
-        }
+        {direction: [min(pair[kind]) for pair in pairs] for direction, pairs in times.items()}
         for kind in (0, 1)
     )
     return dense, sparse
@@ -368,17 +384,18 @@ def products(rows: int, weight: BlockSparse) -> dict[str, tuple[_Call, _Call]]:
     }
 
 
-def _time(calls: Sequence[_Call], times: Sequence[list[float]]) -> None:
+def visit(calls: Sequence[_Call]) -> list[float]:
+    """Median seconds of each call, by turns. The least of several visits is an undisturbed one."""
+    times: list[list[float]] = [[] for _ in calls]
     for call in calls:
         call()
     begin = time.perf_counter()
-    count = 0
-    while count < 3 or time.perf_counter() - begin < _SECONDS:
-        count += 1
+    while len(times[0]) < 3 or time.perf_counter() - begin < _SECONDS:
         for call, record in zip(calls, times, strict=True):
             start = time.perf_counter()
             call()
             record.append(time.perf_counter() - start)
+    return [statistics.median(record) for record in times]
 
 
 def _machine() -> str:
@@ -395,7 +412,7 @@ def _binary() -> str:
 
 
 def _key() -> str:
-    what = f"{_TIMED} {_binary()} {_machine()} {_POINTS}"
+    what = f"{_TIMED} {_binary()} {_machine()} {_POINTS} {_VISITS}"
     return hashlib.sha256(what.encode()).hexdigest()[:16]
 
 
