@@ -1,0 +1,15 @@
+// What build.py calls through ctypes.
+#include "checker.h"
+#include "launch.h"
+
+using namespace cuda_emulator;
+
+extern "C" {
+
+void cuda_emulator_set_seed(uint64_t seed) { set_seed(seed); }
+void cuda_emulator_add_buffer(const void* address, size_t bytes, bool initialised) {
+  checker::add_buffer(address, bytes, initialised, true);
+}
+void cuda_emulator_forget_buffers() { checker::forget_buffers(); }
+
+}  // extern "C"

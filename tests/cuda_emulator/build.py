@@ -1,0 +1,202 @@
+"""Compiles .cu files for the emulator, into a shared library that ctypes or torch can load."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+CACHE = ROOT / "build" / "cuda_emulator"
+
+RUNTIME = ("api.cpp", "checker.cpp", "collectives.cpp", "fiber.cpp", "launch.cpp")
+# The other half of instrumented code, and what tells the checker of torch's tensors.
+CHECKER = "hooks.cpp"
+BUFFERS = "torch_buffers.cpp"
+# The functions of torch's stable ABI that torch_buffers.cpp stands in front of.
+WRAPPED = (
+    "torch_get_mutable_data_ptr",
+    "torch_get_const_data_ptr",
+    "aoti_torch_aten_new_empty",
+    "aoti_torch_aten_new_zeros",
+    "torch_call_dispatcher",
+)
+
+FLAGS = (
+    "-std=c++20",
+    "-g1",  # lines for messages
+    "-fPIC",
+    "-fno-gnu-unique",  # two libraries in one process share nothing
+    "-ffp-contract=off",
+    "-DSECATEUR_CUDA_EMULATOR",
+    f"-I{HERE}",
+    f"-I{ROOT / 'csrc'}",
+)
+PLAIN = "-O2"
+# -O1 and no more: the more a compiler merges accesses, the fewer there are to check.
+INSTRUMENTED = (
+    "-O1",
+    "-fsanitize=thread,alignment,bounds,shift-exponent",
+    "-fno-threadsafe-statics",  # their guards are atomics of the C++ memory model
+    "-include",
+    str(HERE / "instrumented.h"),
+)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A source file, and how it is compiled."""
+
+    source: Path
+    flags: tuple[str, ...]
+
+
+def compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "g++"))
+
+
+@functools.cache
+def everything_included() -> str:
+    """A digest of what an object depends on beside its own source: headers and compiler."""
+    version = subprocess.run([*compiler(), "--version"], check=True, capture_output=True).stdout
+    digest = hashlib.sha256(version)
+    headers = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh")]
+    for path in sorted(headers) + sorted(HERE.glob("*.h")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def torch_directory() -> Path:
+    import torch  # only glue needs it
+
+    return Path(torch.__file__).parent
+
+
+def torch_compile_flags() -> tuple[str, ...]:
+    include = torch_directory() / "include"
+    version = hashlib.sha256((include / "torch" / "headeronly" / "version.h").read_bytes())
+    return (
+        f"-isystem{include}",
+        "-DTORCH_STABLE_ONLY",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        f"-DCUDA_EMULATOR_TORCH={version.hexdigest()[:8]}",  # objects of another torch are others
+    )
+
+
+def run(command: Sequence[str], what: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{what} failed: {shlex.join(command)}\n{done.stderr}")
+
+
+def made(key: str, suffix: str, command: Callable[[str], Sequence[str]], what: str) -> Path:
+    """The file that a command makes, from the cache if it was made before."""
+    target = CACHE / (hashlib.sha256(key.encode()).hexdigest()[:32] + suffix)
+    if not target.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        # Under another name until it is complete: others may build the same.
+        with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+            output = str(Path(scratch) / target.name)
+            run(command(output), what)
+            os.replace(output, target)
+    return target
+
+
+def compiled(unit: Unit) -> Path:
+    key = f"{everything_included()} {unit} {unit.source.read_text('utf-8')}"
+    command = [*compiler(), *unit.flags, "-x", "c++", "-c", str(unit.source)]
+    return made(key, ".o", lambda output: [*command, "-o", output], f"compiling {unit.source.name}")
+
+
+def library(
+    kernels: Iterable[Path], glue: Iterable[Path] = (), *, checked: bool, flags: Sequence[str] = ()
+) -> Path:
+    """Build a library, or find it built already.
+
+    Args:
+        kernels: .cu files.
+        glue: C++ files that launch them, written against torch's stable ABI.
+        checked: whether every access of the kernels is checked, which takes about ten times as
+            long.
+        flags: further flags of the compiler, for all these files.
+
+    Returns:
+        The shared library; :func:`load` loads it, or ``torch.ops.load_library`` if it has glue.
+
+    Raises:
+        RuntimeError: something does not compile or link; with the compiler's message.
+    """
+    glue = tuple(glue)
+    # The linker keeps the first copy of an inline function: instrumented ones come last.
+    units = [Unit(HERE / name, (*FLAGS, PLAIN)) for name in RUNTIME]
+    link = ["-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs"]
+    libraries = []
+    if checked:
+        units.append(Unit(HERE / CHECKER, (*FLAGS, PLAIN)))
+    if glue:
+        torch, torch_flags = torch_directory(), torch_compile_flags()
+        units += [Unit(path, (*FLAGS, PLAIN, *torch_flags, *flags)) for path in glue]
+        libraries += [f"-L{torch}/lib", f"-Wl,-rpath,{torch}/lib", "-ltorch_cpu", "-lc10"]
+    if glue and checked:
+        units.append(Unit(HERE / BUFFERS, (*FLAGS, PLAIN, *torch_flags)))
+        link += [f"-Wl,--wrap={name}" for name in WRAPPED]
+    kernel_flags = INSTRUMENTED if checked else (PLAIN,)
+    units += [Unit(path, (*FLAGS, *kernel_flags, *flags)) for path in kernels]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = [str(path) for path in pool.map(compiled, units)]
+    return made(
+        shlex.join([*objects, *link]),
+        ".so",
+        lambda output: [*compiler(), *link, *objects, *libraries, "-o", output],
+        "linking",
+    )
+
+
+class Emulator:
+    """A loaded library: its options, and its functions if they are called through ctypes."""
+
+    def __init__(self, path: Path) -> None:
+        self._library = ctypes.CDLL(str(path))
+
+    def set_seed(self, seed: int) -> None:
+        """Choose a schedule: 0 runs threads and blocks in order, any other shuffles them."""
+        self._library.cuda_emulator_set_seed(ctypes.c_uint64(seed))
+
+    def add_buffer(self, address: int, size: int, initialised: bool = True) -> None:
+        """Let kernels access memory; what was known of it is forgotten.
+
+        Ops with glue announce their tensors themselves.
+        """
+        self._library.cuda_emulator_add_buffer(
+            ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_bool(initialised)
+        )
+
+    def forget_buffers(self) -> None:
+        """Forget all memory that kernels may access."""
+        self._library.cuda_emulator_forget_buffers()
+
+    def call(self, name: str, *args: Any) -> None:
+        """Call a function that returns ``cuda_emulator::message_of(...)``.
+
+        Raises:
+            RuntimeError: a launch went wrong.
+        """
+        function = self._library[name]
+        function.restype = ctypes.c_char_p
+        message = function(*args)
+        if message is not None:
+            raise RuntimeError(message.decode())
+
+
+def load(path: Path) -> Emulator:
+    return Emulator(path)

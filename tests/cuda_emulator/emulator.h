@@ -1,0 +1,75 @@
+#pragma once
+// What the CUDA language of cuda_emulator.h asks of the runtime. Kernels run one block after the
+// other on the thread that launches them; within a block every CUDA thread is a fiber.
+#include <cstddef>
+#include <cstdint>
+
+#include "vectors.h"
+
+namespace cuda_emulator {
+
+// Where a kernel called something: a default argument `Site site = here()` is evaluated there.
+struct Site {
+  const char* file;
+  int line;
+};
+constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  return {file, line};
+}
+
+// Nothing here changes while a CUDA thread runs, which is all that code ever sees of it: the
+// compiler may call these once and keep the result.
+[[gnu::const]] uint3 thread_index();
+[[gnu::const]] uint3 block_index();
+[[gnu::const]] dim3 block_size();
+[[gnu::const]] dim3 grid_size();
+[[gnu::const]] unsigned lane();
+
+struct Launch {
+  const char* name;
+  const void* kernel;
+  dim3 grid, block;
+  size_t shared_bytes;
+  void (*body)(const void* arguments);  // what every CUDA thread runs
+  const void* arguments;                // in kernel parameter space: read only
+  size_t arguments_size;
+};
+
+// Throws std::runtime_error with the first thing that went wrong.
+void run(const Launch& launch);
+
+// Ends the launch with an error that names kernel, block and thread.
+[[noreturn, gnu::format(printf, 1, 2)]] void fail(const char* format, ...);
+
+// Lets other threads go on first, if the seed of the schedule says so.
+void reschedule();
+
+enum class Barrier { Plain, Count, And, Or };
+int wait_for_block(Barrier kind, const char* name, int predicate, Site site);
+
+// A warp collective as one lane calls it. All lanes that `mask` names must arrive with the same
+// name and mask; then `exchange` is run once with their calls, by lane.
+struct WarpCall {
+  const char* name;
+  uint32_t mask;
+  void (*exchange)(WarpCall* const* calls, uint32_t mask);
+  void* data;
+  Site site;
+};
+void wait_for_warp(WarpCall& call);
+
+// Memory order among the lanes of `mask`; only __syncwarp gives it.
+void order_warp(uint32_t mask);
+
+// Every arrival at the declaration of a shared array comes here; the first one of a block fills it
+// with garbage.
+void open_shared(void* array, size_t bytes, const char* name);
+void* dynamic_shared();
+
+void before_atomic(const void* address, size_t bytes, const void* program_counter);
+void fence();
+
+void allow_dynamic_shared(const void* kernel, size_t bytes);
+void fill_buffer(void* address, int value, size_t bytes);  // cudaMemset
+
+}  // namespace cuda_emulator

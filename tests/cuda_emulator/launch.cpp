@@ -1,0 +1,399 @@
+// Runs a launch: blocks one after the other, the threads of a block as fibers that take turns
+// whenever one has to wait.
+#include "launch.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstdarg>
+#include <cstdio>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "checker.h"
+#include "collectives.h"
+#include "emulator.h"
+#include "fiber.h"
+
+namespace cuda_emulator {
+namespace {
+
+// Limits of compute capability 8.0 and later.
+constexpr unsigned kMaxGridYZ = 65535;
+constexpr size_t kMaxStaticShared = 48 << 10;
+constexpr size_t kMaxShared = 99 << 10;
+
+// As float, half and bfloat16 this is NaN; as an index it is far out of bounds.
+constexpr uint32_t kPoison = 0xffc0deadu;
+
+constexpr size_t kStackBytes = 128 << 10;
+
+enum class State { Ready, AtBarrier, InWarp, Done };
+
+struct Thread {
+  Fiber fiber;
+  uint3 index;
+  State state;
+  // Where it waits, if it does.
+  const char* waits_for;
+  Site site;
+  WarpCall* call;
+};
+
+// The stacks of a block's threads, each with a page below it that may not be touched.
+class Stacks {
+ public:
+  Stacks() : page_(static_cast<size_t>(sysconf(_SC_PAGESIZE))) {
+    void* const memory = mmap(nullptr, bytes(), PROT_READ | PROT_WRITE,
+                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) throw std::runtime_error("CUDA emulator: no memory for stacks");
+    memory_ = static_cast<char*>(memory);
+    for (unsigned i = 0; i < kMaxThreads; ++i) mprotect(of(i) - page_, page_, PROT_NONE);
+  }
+  size_t bytes() const { return kMaxThreads * (page_ + kStackBytes); }
+  const char* all() const { return memory_; }
+  char* of(unsigned thread) const { return memory_ + thread * (page_ + kStackBytes) + page_; }
+
+ private:
+  size_t page_;
+  char* memory_;
+};
+
+struct Shared {
+  const void* array;
+  size_t bytes;
+};
+
+struct Machine {
+  std::mutex one_launch_at_a_time;
+  const Launch* launch = nullptr;
+  uint3 block{};
+  std::vector<Thread> threads;
+  Thread* current = nullptr;
+  std::string error;
+
+  // The barrier that some threads have reached.
+  unsigned arrived = 0;
+  const Thread* first_to_arrive = nullptr;
+  Barrier barrier_kind{};
+  int predicates = 0, barrier_result = 0;
+
+  std::vector<Shared> opened;  // static shared arrays of this block
+  alignas(128) unsigned char dynamic_shared[kMaxShared];
+  std::map<const void*, size_t> allowed_dynamic_shared;
+
+  uint64_t seed = 0;
+  std::minstd_rand random;
+
+  const Stacks& stacks() {
+    static const Stacks stacks;
+    return stacks;
+  }
+};
+Machine machine;
+
+unsigned index_of(const Thread& thread) {
+  return static_cast<unsigned>(&thread - machine.threads.data());
+}
+
+void poison(void* memory, size_t bytes) {
+  auto* const p = static_cast<unsigned char*>(memory);
+  for (size_t i = 0; i < bytes; ++i) p[i] = static_cast<unsigned char>(kPoison >> i % 4 * 8);
+}
+
+void suspend() { machine.current->fiber.suspend(); }
+
+// How threads are named in messages: "0-31, 40".
+std::string ranges(const std::vector<unsigned>& sorted) {
+  std::string text;
+  for (size_t i = 0; i < sorted.size();) {
+    size_t last = i;
+    while (last + 1 < sorted.size() && sorted[last + 1] == sorted[last] + 1) ++last;
+    text += (text.empty() ? "" : ", ") + std::to_string(sorted[i]);
+    if (last > i) text += "-" + std::to_string(sorted[last]);
+    i = last + 1;
+  }
+  return text;
+}
+
+bool same(Site a, Site b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
+
+std::string text_of(Site site) {
+  const char* const slash = std::strrchr(site.file, '/');
+  return std::string(slash ? slash + 1 : site.file) + ":" + std::to_string(site.line);
+}
+
+std::string what_it_does(const Thread& thread) {
+  if (thread.state == State::Done) return "exited";
+  std::string text = std::string("waiting in ") + thread.waits_for;
+  if (thread.state == State::InWarp) {
+    char mask[24];
+    std::snprintf(mask, sizeof(mask), " (mask %08x)", thread.call->mask);
+    text += mask;
+  }
+  return text + " at " + text_of(thread.site);
+}
+
+std::string place() {
+  const uint3 b = machine.block;
+  return std::string("CUDA emulator: ") + machine.launch->name + ", block (" + std::to_string(b.x) +
+         ", " + std::to_string(b.y) + ", " + std::to_string(b.z) + ")";
+}
+
+void report_deadlock() {
+  std::map<std::string, std::vector<unsigned>> groups;
+  for (const Thread& thread : machine.threads)
+    groups[what_it_does(thread)].push_back(index_of(thread));
+  std::string text;
+  for (const auto& [what, members] : groups)
+    text += (text.empty() ? "" : "; ") + ("threads " + ranges(members)) + " " + what;
+  machine.error = place() + ": deadlock: " + text;
+}
+
+// A CUDA thread from its first instruction to its last.
+void thread_main() {
+  machine.launch->body(machine.launch->arguments);
+  machine.current->state = State::Done;
+  suspend();
+}
+
+void begin_block(uint64_t linear) {
+  const Launch& launch = *machine.launch;
+  const dim3 grid = launch.grid, size = launch.block;
+  machine.block = {static_cast<unsigned>(linear % grid.x),
+                   static_cast<unsigned>(linear / grid.x % grid.y),
+                   static_cast<unsigned>(linear / grid.x / grid.y)};
+  machine.arrived = 0;
+  machine.opened.clear();
+  checker::begin_block();
+  if (launch.shared_bytes) {
+    poison(machine.dynamic_shared, launch.shared_bytes);
+    checker::add_shared(machine.dynamic_shared, launch.shared_bytes, "dynamic shared memory");
+  }
+  for (Thread& thread : machine.threads) {
+    const unsigned i = index_of(thread);
+    thread.index = {i % size.x, i / size.x % size.y, i / size.x / size.y};
+    thread.state = State::Ready;
+    thread.fiber.start(machine.stacks().of(i), kStackBytes, thread_main);
+  }
+}
+
+// Seed 0 runs threads in order; any other seed in another order each round.
+void run_block(std::vector<unsigned>& order) {
+  size_t done = 0;
+  while (done < order.size()) {
+    if (machine.seed) std::shuffle(order.begin(), order.end(), machine.random);
+    bool progress = false;
+    done = 0;
+    for (const unsigned i : order) {
+      Thread& thread = machine.threads[i];
+      if (thread.state == State::Ready) {
+        progress = true;
+        machine.current = &thread;
+        thread.fiber.resume();
+        machine.current = nullptr;
+        if (!machine.error.empty()) return;
+      }
+      done += thread.state == State::Done;
+    }
+    if (!progress && done < order.size()) return report_deadlock();
+  }
+}
+
+void check_limits(const Launch& launch) {
+  const auto refuse = [&](const std::string& why) {
+    throw std::runtime_error(std::string("CUDA emulator: launch of ") + launch.name + ": " + why);
+  };
+  const dim3 grid = launch.grid, block = launch.block;
+  const auto text = [](dim3 d) {
+    return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) +
+           ")";
+  };
+  const uint64_t threads = uint64_t{block.x} * block.y * block.z;
+  if (threads == 0 || threads > kMaxThreads || block.z > 64)
+    refuse("expected 1 to 1024 threads a block, 64 at most along z, got " + text(block));
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > kMaxGridYZ ||
+      grid.z > kMaxGridYZ)
+    refuse("expected a grid of at least 1, at most 2^31 - 1 by 65535 by 65535 blocks, got " +
+           text(grid));
+  const auto found = machine.allowed_dynamic_shared.find(launch.kernel);
+  const size_t allowed =
+      found == machine.allowed_dynamic_shared.end() ? kMaxStaticShared : found->second;
+  if (launch.shared_bytes > allowed)
+    refuse("expected at most " + std::to_string(allowed) +
+           " bytes of dynamic shared memory (more is allowed by cudaFuncSetAttribute), got " +
+           std::to_string(launch.shared_bytes));
+}
+
+}  // namespace
+
+uint3 thread_index() { return machine.current->index; }
+uint3 block_index() { return machine.block; }
+dim3 block_size() { return machine.launch->block; }
+dim3 grid_size() { return machine.launch->grid; }
+unsigned lane() { return current_thread() % kWarpSize; }
+bool in_kernel() { return machine.current != nullptr; }
+unsigned current_thread() { return index_of(*machine.current); }
+bool on_own_stack(const void* address) {
+  const char* const stack = machine.stacks().of(current_thread());
+  return address >= stack && address < stack + kStackBytes;
+}
+void set_seed(uint64_t seed) { machine.seed = seed; }
+
+void run(const Launch& launch) {
+  const std::lock_guard<std::mutex> lock(machine.one_launch_at_a_time);
+  check_limits(launch);
+  machine.launch = &launch;
+  machine.error.clear();
+  machine.random.seed(static_cast<std::minstd_rand::result_type>(machine.seed));
+  machine.threads.resize(launch.block.x * launch.block.y * launch.block.z);
+  checker::begin_launch(launch, machine.stacks().all(), machine.stacks().bytes());
+
+  std::vector<unsigned> threads(machine.threads.size());
+  std::iota(threads.begin(), threads.end(), 0u);
+  std::vector<uint64_t> blocks(uint64_t{launch.grid.x} * launch.grid.y * launch.grid.z);
+  std::iota(blocks.begin(), blocks.end(), uint64_t{0});
+  if (machine.seed) std::shuffle(blocks.begin(), blocks.end(), machine.random);
+  for (const uint64_t block : blocks) {
+    begin_block(block);
+    run_block(threads);
+    checker::end_block();
+    if (!machine.error.empty()) break;
+  }
+  if (!machine.error.empty()) throw std::runtime_error(machine.error);
+}
+
+void fail(const char* format, ...) {
+  char message[1024];
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(message, sizeof(message), format, arguments);
+  va_end(arguments);
+  const uint3 t = machine.current->index;
+  machine.error = place() + ", thread (" + std::to_string(t.x) + ", " + std::to_string(t.y) + ", " +
+                  std::to_string(t.z) + "): " + message;
+  suspend();  // for good: the launch is over
+  __builtin_unreachable();
+}
+
+void reschedule() {
+  if (machine.seed && machine.random() % 4 == 0) suspend();
+}
+
+int wait_for_block(Barrier kind, const char* name, int predicate, Site site) {
+  Thread& self = *machine.current;
+  self.site = site;
+  self.waits_for = name;
+  if (machine.arrived == 0) {
+    machine.first_to_arrive = &self;
+    machine.barrier_kind = kind;
+    machine.predicates = 0;
+  }
+  const Thread& first = *machine.first_to_arrive;
+  if (machine.barrier_kind != kind || !same(first.site, site))
+    fail("divergent barrier: %s at %s, while thread %u is %s", name, text_of(site).c_str(),
+         index_of(first), what_it_does(first).c_str());
+  machine.predicates += predicate != 0;
+  self.state = State::AtBarrier;
+  const unsigned threads = static_cast<unsigned>(machine.threads.size());
+  if (++machine.arrived == threads) {
+    const int count = machine.predicates;
+    machine.arrived = 0;
+    machine.barrier_result = kind == Barrier::And  ? count == static_cast<int>(threads)
+                             : kind == Barrier::Or ? count > 0
+                                                   : count;
+    for (Thread& thread : machine.threads) thread.state = State::Ready;
+    checker::barrier();
+  }
+  suspend();
+  return machine.barrier_result;
+}
+
+void wait_for_warp(WarpCall& call) {
+  Thread& self = *machine.current;
+  const unsigned lane = current_thread() % kWarpSize;
+  const unsigned first = current_thread() - lane;
+  const unsigned count = std::min(kWarpSize, static_cast<unsigned>(machine.threads.size()) - first);
+  Thread* const warp = &machine.threads[first];
+  if (call.mask == kFullMask) call.mask >>= kWarpSize - count;  // all there are
+  if (!(call.mask >> lane & 1))
+    fail("%s with mask %08x, which does not name its own lane %u", call.name, call.mask, lane);
+  self.site = call.site;
+  self.waits_for = call.name;
+  self.call = &call;
+  self.state = State::InWarp;
+  WarpCall* calls[kWarpSize] = {};
+  bool complete = true;
+  for (unsigned l = 0; l < kWarpSize; ++l) {
+    if (!(call.mask >> l & 1)) continue;
+    if (l >= count) fail("%s with mask %08x, but lane %u does not exist", call.name, call.mask, l);
+    const Thread& other = warp[l];
+    if (other.state == State::Done)
+      fail("%s with mask %08x, but lane %u has exited", call.name, call.mask, l);
+    if (other.state != State::InWarp) {
+      complete = false;
+      continue;
+    }
+    calls[l] = other.call;
+    if (other.call->mask != call.mask || std::strcmp(other.call->name, call.name) != 0)
+      fail("divergent warp: %s with mask %08x at %s, while lane %u is %s", call.name, call.mask,
+           text_of(call.site).c_str(), l, what_it_does(other).c_str());
+  }
+  if (!complete) return suspend();
+  call.exchange(calls, call.mask);
+  for (unsigned l = 0; l < kWarpSize; ++l)
+    if (calls[l]) warp[l].state = State::Ready;
+}
+
+void order_warp(uint32_t mask) { checker::sync_warp(current_thread() / kWarpSize, mask); }
+
+void open_shared(void* array, size_t bytes, const char* name) {
+  size_t total = bytes;
+  for (const Shared& shared : machine.opened) {
+    if (shared.array == array) return;
+    total += shared.bytes;
+  }
+  if (total > kMaxStaticShared)
+    fail("expected at most %zu bytes of static shared memory, got %zu", kMaxStaticShared, total);
+  if (total + machine.launch->shared_bytes > kMaxShared)
+    fail("expected at most %zu bytes of shared memory, got %zu static and %zu dynamic", kMaxShared,
+         total, machine.launch->shared_bytes);
+  machine.opened.push_back({array, bytes});
+  poison(array, bytes);
+  checker::add_shared(array, bytes, name);
+}
+
+void* dynamic_shared() { return machine.dynamic_shared; }
+
+void allow_dynamic_shared(const void* kernel, size_t bytes) {
+  if (bytes > kMaxShared)
+    throw std::runtime_error("CUDA emulator: expected at most " + std::to_string(kMaxShared) +
+                             " bytes of dynamic shared memory, got " + std::to_string(bytes));
+  machine.allowed_dynamic_shared[kernel] = bytes;
+}
+
+void before_atomic(const void* address, size_t bytes, const void* program_counter) {
+  reschedule();
+  checker::access(address, bytes, checker::Access::Atomic, program_counter);
+}
+
+void fence() {
+  reschedule();
+  checker::fence(current_thread());
+}
+
+void fill_buffer(void* address, int value, size_t bytes) {
+  std::memset(address, value, bytes);
+  checker::wrote(address, bytes);
+}
+
+}  // namespace cuda_emulator

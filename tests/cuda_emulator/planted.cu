@@ -1,0 +1,289 @@
+// Small kernels for the emulator's own tests. Each is right where `bug` is kNone and wrong in one
+// way where it is not; tests/test_cuda_emulator.py says who must notice.
+#include "cuda_emulator.h"
+
+namespace {
+
+// In the order of Bug in tests/test_cuda_emulator.py.
+enum Bug : int {
+  kNone,
+  kMissingBarrier,
+  kReadBeyond,
+  kSharedBeyond,
+  kSharedPointerBeyond,
+  kDivergentShuffle,
+  kCrossBlockAdd,
+  kPlainHistogram,
+  kWriteAfterRead,
+  kUninitialised,
+  kSkippedBarrier,
+  kOwnLaneNotNamed,
+  kSourceNotNamed,
+  kDifferentCollectives,
+  kShift,
+  kMissingFence,
+  kFenceTooEarly,
+  kMissingSyncwarp,
+  kMisaligned,
+  kOtherThreadsStack,
+};
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr uint32_t kAll = 0xffffffffu;
+
+__device__ float warp_sum(Bug bug, float x) {
+  if (bug == kDivergentShuffle && threadIdx.x % 32 >= 16) return x;
+  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(kAll, x, offset);
+  return x;
+}
+
+// The sum over a block, in thread 0.
+__device__ float block_sum(Bug bug, float x) {
+  SECATEUR_SHARED(float, parts, kWarps);
+  const int warp = threadIdx.x / 32;
+  x = warp_sum(bug, x);
+  if (threadIdx.x % 32 == 0) {
+    float* const pointer = parts;
+    if (bug == kSharedPointerBeyond)
+      pointer[warp + 1] = x;
+    else
+      parts[warp + (bug == kSharedBeyond)] = x;
+  }
+  if (bug != kMissingBarrier) __syncthreads();
+  if (warp > 0) return 0;
+  return warp_sum(kNone, threadIdx.x < kWarps ? parts[threadIdx.x] : 0.0f);
+}
+
+__global__ void __launch_bounds__(kThreads) sum_kernel(Bug bug, const float* x, int n, float* sum) {
+  float s = 0;
+  for (int i = blockIdx.x * kThreads + threadIdx.x; i < n + (bug == kReadBeyond);
+       i += gridDim.x * kThreads)
+    s += x[i];
+  s = block_sum(bug, s);
+  if (threadIdx.x > 0) return;
+  if (bug == kCrossBlockAdd)
+    *sum += s;
+  else
+    atomicAdd(sum, s);
+}
+
+// The same, always in one order: the last block adds up what all have left.
+__global__ void __launch_bounds__(kThreads)
+    ordered_sum_kernel(Bug bug, const float* x, int n, float* parts, unsigned* ticket, float* sum) {
+  SECATEUR_SHARED(bool, is_last, 1);
+  float s = 0;
+  for (int i = blockIdx.x * kThreads + threadIdx.x; i < n; i += gridDim.x * kThreads) s += x[i];
+  s = block_sum(kNone, s);
+  if (threadIdx.x == 0) {
+    if (bug == kFenceTooEarly) __threadfence();
+    parts[blockIdx.x] = s;
+    if (bug != kMissingFence && bug != kFenceTooEarly) __threadfence();
+    is_last[0] = atomicAdd(ticket, 1u) == gridDim.x - 1;
+  }
+  __syncthreads();
+  if (!is_last[0]) return;
+  s = block_sum(kNone, threadIdx.x < gridDim.x ? parts[threadIdx.x] : 0.0f);
+  if (threadIdx.x == 0) {
+    *sum = s;
+    *ticket = 0;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    histogram_kernel(Bug bug, const uint8_t* x, int n, unsigned* counts) {
+  SECATEUR_SHARED(unsigned, local, 256);
+  const int tile = 4 * kThreads;
+  for (int first = blockIdx.x * tile; first < n; first += gridDim.x * tile) {
+    if (bug != kUninitialised || first > 0) local[threadIdx.x] = 0;
+    __syncthreads();
+    for (int i = first + threadIdx.x; i < min(first + tile, n); i += kThreads) {
+      if (bug == kPlainHistogram)
+        ++local[x[i]];
+      else
+        atomicAdd(&local[x[i]], 1u);
+    }
+    __syncthreads();
+    const int bin = 255 - threadIdx.x;
+    if (const unsigned count = local[bin]) atomicAdd(&counts[bin], count);
+    if (bug != kWriteAfterRead) __syncthreads();
+  }
+}
+
+// Which elements are positive, in any order.
+__global__ void __launch_bounds__(kThreads)
+    compact_kernel(Bug bug, const float* x, int n, int* indices, int* count) {
+  SECATEUR_SHARED(int, counts, kWarps);
+  SECATEUR_SHARED(int, base, 1);
+  const int i = blockIdx.x * kThreads + threadIdx.x;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  if (bug == kSkippedBarrier && i - lane >= n) return;
+  const bool kept = i < n && x[i] > 0;
+  if (bug == kDifferentCollectives && lane == 7) __any_sync(kAll, kept);
+  const uint32_t ballot = __ballot_sync(bug == kOwnLaneNotNamed ? kAll >> 1 : kAll, kept);
+  if (lane == 0) counts[warp] = __popc(ballot);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    int total = 0;
+    for (int w = 0; w < kWarps; ++w) {
+      const int own = counts[w];
+      counts[w] = total;
+      total += own;
+    }
+    base[0] = atomicAdd(count, total);
+  }
+  __syncthreads();
+  int first = 0;
+  if (lane == 0) first = base[0] + counts[warp];
+  if (bug == kSourceNotNamed && lane > 0)
+    first = __shfl_sync(kAll - 1, first, 0);
+  else if (bug != kSourceNotNamed)
+    first = __shfl_sync(kAll, first, 0);
+  const uint32_t up_to_me = bug == kShift ? (1u << (lane + 1)) - 1 : (2u << lane) - 1;
+  if (kept) indices[first + __popc(ballot & up_to_me) - 1] = i;
+}
+
+// Turns every 32 elements round.
+__global__ void __launch_bounds__(kThreads) reverse_kernel(Bug bug, const float* x, float* y) {
+  SECATEUR_DYNAMIC_SHARED(float, shared);
+  float* const own = shared + threadIdx.x / 32 * 32;
+  const int lane = threadIdx.x % 32, first = blockIdx.x * kThreads + (threadIdx.x - lane);
+  if (lane < 8) {
+    const auto* const from = reinterpret_cast<const float4*>(x + first + (bug == kMisaligned));
+    const float4 four = from[lane];
+    *reinterpret_cast<float4*>(own + 4 * lane) = four;
+  }
+  if (bug != kMissingSyncwarp) __syncwarp();
+  y[first + lane] = own[31 - lane];
+}
+
+// Thread 0 hands out the address of a variable of its own.
+__global__ void __launch_bounds__(kThreads) share_kernel(Bug bug, int* out) {
+  SECATEUR_SHARED(int*, address, 1);
+  SECATEUR_SHARED(int, value, 1);
+  int own = 42;
+  if (threadIdx.x == 0) {
+    value[0] = own;
+    address[0] = bug == kOtherThreadsStack ? &own : value;
+  }
+  __syncthreads();
+  out[threadIdx.x] = *address[0];
+  __syncthreads();
+}
+
+// Every builtin that the others leave out; see test_builtins.
+__global__ void builtins_kernel(uint64_t* out) {
+  const unsigned lane = threadIdx.x % 32, low = lane % 8;
+  const uint64_t results[] = {
+      __shfl_up_sync(kAll, lane, 3),
+      __shfl_down_sync(kAll, lane, 3),
+      __shfl_xor_sync(kAll, lane, 5, 8),
+      __shfl_sync(kAll, lane, 9, 8),
+      __shfl_down_sync(kAll, uint64_t{lane} << 40, 1, 4),
+      __ballot_sync(kAll, lane % 3 == 0),
+      static_cast<uint64_t>(__any_sync(kAll, lane == 31)),
+      static_cast<uint64_t>(__all_sync(kAll, lane < 31)),
+      __match_any_sync(kAll, low),
+      __reduce_add_sync(kAll, lane),
+      __reduce_min_sync(kAll, lane + 5),
+      __reduce_max_sync(kAll, lane),
+      __reduce_and_sync(kAll, lane | 64),
+      __reduce_or_sync(kAll, 1u << lane),
+      __reduce_xor_sync(kAll, lane < 3 ? 1u << lane : 0u),
+      static_cast<uint64_t>(__syncthreads_count(lane < 5)),
+      static_cast<uint64_t>(__syncthreads_and(lane < 31)),
+      static_cast<uint64_t>(__syncthreads_or(lane == 31)),
+      static_cast<uint64_t>(__clz(1 << lane)),
+      static_cast<uint64_t>(__ffs(1 << lane)),
+      __brev(1u << lane),
+      __umulhi(1u << 31, 2 * lane),
+      __funnelshift_l(0x80000000u, 1u, 1),
+      __float_as_uint(1.0f),
+      blockDim.x * 1000 + gridDim.x,
+  };
+  constexpr int n = sizeof(results) / sizeof(results[0]);
+  for (int i = 0; i < n; ++i) out[threadIdx.x * n + i] = results[i];
+}
+
+__global__ void atomics_kernel(unsigned* values) {
+  atomicSub(&values[0], 1u);
+  atomicMin(&values[1], threadIdx.x);
+  atomicMax(&values[2], threadIdx.x);
+  atomicAnd(&values[3], ~(1u << threadIdx.x));
+  atomicOr(&values[4], 1u << threadIdx.x);
+  atomicXor(&values[5], 1u << threadIdx.x);
+  atomicInc(&values[6], 9u);
+  atomicDec(&values[7], 9u);
+  atomicCAS(&values[8], threadIdx.x, threadIdx.x + 1);
+  atomicExch(&values[9], threadIdx.x);
+}
+
+__global__ void large_kernel() {
+  SECATEUR_SHARED(double, large, 6145);
+  large[threadIdx.x] = 0;
+}
+
+__global__ void empty_kernel() {}
+
+}  // namespace
+
+extern "C" {
+
+const char* sum(Bug bug, const float* x, int n, float* result, int blocks) {
+  return cuda_emulator::message_of(
+      [&] { SECATEUR_LAUNCH(sum_kernel, blocks, kThreads, 0, nullptr, bug, x, n, result); });
+}
+
+const char* ordered_sum(Bug bug, const float* x, int n, float* parts, unsigned* ticket,
+                        float* result, int blocks) {
+  return cuda_emulator::message_of([&] {
+    SECATEUR_LAUNCH(ordered_sum_kernel, blocks, kThreads, 0, nullptr, bug, x, n, parts, ticket,
+                    result);
+  });
+}
+
+const char* histogram(Bug bug, const uint8_t* x, int n, unsigned* counts, int blocks) {
+  return cuda_emulator::message_of(
+      [&] { SECATEUR_LAUNCH(histogram_kernel, blocks, kThreads, 0, nullptr, bug, x, n, counts); });
+}
+
+const char* compact(Bug bug, const float* x, int n, int* indices, int* count) {
+  const int blocks = (n + kThreads - 1) / kThreads;
+  return cuda_emulator::message_of([&] {
+    SECATEUR_LAUNCH(compact_kernel, blocks, kThreads, 0, nullptr, bug, x, n, indices, count);
+  });
+}
+
+const char* reverse(Bug bug, const float* x, float* y, int blocks) {
+  return cuda_emulator::message_of([&] {
+    SECATEUR_LAUNCH(reverse_kernel, blocks, kThreads, kThreads * sizeof(float), nullptr, bug, x, y);
+  });
+}
+
+const char* share(Bug bug, int* out) {
+  return cuda_emulator::message_of(
+      [&] { SECATEUR_LAUNCH(share_kernel, 1, kThreads, 0, nullptr, bug, out); });
+}
+
+const char* builtins(uint64_t* out) {
+  return cuda_emulator::message_of(
+      [&] { SECATEUR_LAUNCH(builtins_kernel, 1, 32, 0, nullptr, out); });
+}
+
+const char* atomics(unsigned* values) {
+  return cuda_emulator::message_of(
+      [&] { SECATEUR_LAUNCH(atomics_kernel, 1, 32, 0, nullptr, values); });
+}
+
+const char* large() {
+  return cuda_emulator::message_of([&] { SECATEUR_LAUNCH(large_kernel, 1, 1, 0, nullptr); });
+}
+
+const char* empty(unsigned grid_y, unsigned threads, size_t shared_bytes, int allowed) {
+  return cuda_emulator::message_of([&] {
+    cudaFuncSetAttribute(empty_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, allowed);
+    SECATEUR_LAUNCH(empty_kernel, dim3(1, grid_y), threads, shared_bytes, nullptr);
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,297 @@
+"""The emulator itself: right kernels are clean, and whoever claims a planted bug notices it."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Callable
+from enum import IntEnum, auto
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cuda_emulator.build import Emulator, library, load
+from torch import Tensor
+
+KERNELS = Path(__file__).parent / "cuda_emulator" / "planted.cu"
+SEEDS = range(4)
+
+
+class Bug(IntEnum):
+    """In the order of planted.cu."""
+
+    NONE = 0
+    MISSING_BARRIER = auto()
+    READ_BEYOND = auto()
+    SHARED_BEYOND = auto()
+    SHARED_POINTER_BEYOND = auto()
+    DIVERGENT_SHUFFLE = auto()
+    CROSS_BLOCK_ADD = auto()
+    PLAIN_HISTOGRAM = auto()
+    WRITE_AFTER_READ = auto()
+    UNINITIALISED = auto()
+    SKIPPED_BARRIER = auto()
+    OWN_LANE_NOT_NAMED = auto()
+    SOURCE_NOT_NAMED = auto()
+    DIFFERENT_COLLECTIVES = auto()
+    SHIFT = auto()
+    MISSING_FENCE = auto()
+    FENCE_TOO_EARLY = auto()
+    MISSING_SYNCWARP = auto()
+    MISALIGNED = auto()
+    OTHER_THREADS_STACK = auto()
+
+
+class Wrong(Exception):
+    """A kernel went through and its result is wrong."""
+
+
+@pytest.fixture(scope="module")
+def plain() -> Emulator:
+    return load(library([KERNELS], checked=False))
+
+
+@pytest.fixture(scope="module")
+def checked() -> Emulator:
+    return load(library([KERNELS], checked=True))
+
+
+def call(emulator: Emulator, name: str, *args: Any) -> None:
+    """Call a launcher on tensors and ints; a tensor of NaNs or -1 holds nothing yet."""
+    emulator.forget_buffers()
+    pointers = []
+    for a in args:
+        if isinstance(a, Tensor):
+            empty = a.dtype != torch.uint8 and bool(((a == -1) | a.isnan()).all())
+            emulator.add_buffer(a.data_ptr(), a.nbytes, initialised=not empty)
+        pointers.append(ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a)
+    emulator.call(name, *pointers)
+
+
+def expect(actual: Tensor, expected: Tensor) -> None:
+    if not torch.equal(actual, expected):
+        raise Wrong(f"expected {expected}, got {actual}")
+
+
+def whole_numbers(n: int) -> Tensor:
+    """Floats of which every sum is exact."""
+    return torch.randint(-8, 9, (n,), generator=torch.Generator().manual_seed(n)).float()
+
+
+def run_sum(emulator: Emulator, bug: Bug) -> None:
+    x, result = whole_numbers(3000), torch.zeros(1)
+    call(emulator, "sum", bug, x, len(x), result, 5)
+    expect(result, x.sum()[None])
+
+
+def run_ordered_sum(emulator: Emulator, bug: Bug) -> None:
+    x, parts, result = whole_numbers(3000), torch.full((7,), torch.nan), torch.full((1,), torch.nan)
+    ticket = torch.zeros(1, dtype=torch.int32)
+    call(emulator, "ordered_sum", bug, x, len(x), parts, ticket, result, 7)
+    expect(result, x.sum()[None])
+    expect(ticket, torch.zeros_like(ticket))
+
+
+def run_histogram(emulator: Emulator, bug: Bug) -> None:
+    x = (whole_numbers(5000) + 8).to(torch.uint8)
+    counts = torch.zeros(256, dtype=torch.int32)
+    call(emulator, "histogram", bug, x, len(x), counts, 2)
+    expect(counts, torch.bincount(x, minlength=256).int())
+
+
+def run_compact(emulator: Emulator, bug: Bug) -> None:
+    x = whole_numbers(700)
+    expected = (x > 0).nonzero()[:, 0].int()
+    indices, count = torch.full_like(expected, -1), torch.zeros(1, dtype=torch.int32)
+    call(emulator, "compact", bug, x, len(x), indices, count)
+    expect(indices.sort().values, expected)
+    expect(count, torch.tensor([len(expected)], dtype=torch.int32))
+
+
+def run_reverse(emulator: Emulator, bug: Bug) -> None:
+    x = torch.arange(512.0)
+    y = torch.full_like(x, torch.nan)
+    call(emulator, "reverse", bug, x, y, 2)
+    expect(y, x.view(-1, 32).flip(1).flatten())
+
+
+def run_share(emulator: Emulator, bug: Bug) -> None:
+    out = torch.full((256,), -1, dtype=torch.int32)
+    call(emulator, "share", bug, out)
+    expect(out, torch.full_like(out, 42))
+
+
+Run = Callable[[Emulator, Bug], None]
+RUNS: tuple[Run, ...] = (
+    run_sum,
+    run_ordered_sum,
+    run_histogram,
+    run_compact,
+    run_reverse,
+    run_share,
+)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("flavour", ["plain", "checked"])
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__.removeprefix("run_"))
+def test_right_kernels_are_right_and_clean(
+    run: Run, flavour: str, seed: int, request: pytest.FixtureRequest
+) -> None:
+    emulator: Emulator = request.getfixturevalue(flavour)
+    emulator.set_seed(seed)
+    run(emulator, Bug.NONE)
+
+
+# What the checked flavour says of each bug, whatever the schedule.
+CHECKED: dict[Bug, tuple[Run, str]] = {
+    Bug.MISSING_BARRIER: (run_sum, r"(race|uninitialised).* of shared parts"),
+    Bug.READ_BEYOND: (run_sum, r"out of bounds read of 4 bytes at .*: byte 12000 of global memory"),
+    Bug.SHARED_BEYOND: (run_sum, r"out of bounds index 8 of 'float \[8\]'"),
+    Bug.SHARED_POINTER_BEYOND: (run_sum, r"out of bounds write .*: byte 32 of shared parts"),
+    Bug.DIVERGENT_SHUFFLE: (
+        run_sum,
+        r"deadlock: threads 0-15,.* waiting in __shfl_xor_sync \(mask ffffffff\) at planted",
+    ),
+    Bug.CROSS_BLOCK_ADD: (run_sum, r"race: .* which thread 0 of another block wrote"),
+    Bug.PLAIN_HISTOGRAM: (run_histogram, r"race: .* of shared local .* (wrote|read)"),
+    Bug.WRITE_AFTER_READ: (run_histogram, r"race: (read|write) .* of shared local .* (wrote|read)"),
+    Bug.UNINITIALISED: (run_histogram, r"uninitialised atomic access .* of shared local"),
+    Bug.SKIPPED_BARRIER: (run_compact, r"deadlock: .*threads 192-255 exited"),
+    Bug.OWN_LANE_NOT_NAMED: (run_compact, r"__ballot_sync .* does not name its own lane 31"),
+    Bug.SOURCE_NOT_NAMED: (run_compact, r"__shfl_sync .* lane 0, which the mask does not name"),
+    Bug.DIFFERENT_COLLECTIVES: (run_compact, r"divergent warp: .*(__any_sync|__ballot_sync)"),
+    Bug.SHIFT: (run_compact, r"shift of 'unsigned int' by 32 at planted.cu"),
+    Bug.MISSING_FENCE: (run_ordered_sum, r"race: read .* of another block wrote"),
+    Bug.FENCE_TOO_EARLY: (run_ordered_sum, r"race: read .* of another block wrote"),
+    Bug.MISSING_SYNCWARP: (run_reverse, r"(race|uninitialised)"),
+    Bug.MISALIGNED: (run_reverse, r"misaligned access at planted.cu:.*multiple of 16"),
+    Bug.OTHER_THREADS_STACK: (run_share, r"read of another thread's local memory"),
+}
+# Bugs that do not depend on accesses being seen are found by the plain flavour as well.
+PLAIN = (
+    Bug.DIVERGENT_SHUFFLE,
+    Bug.SKIPPED_BARRIER,
+    Bug.OWN_LANE_NOT_NAMED,
+    Bug.SOURCE_NOT_NAMED,
+    Bug.DIFFERENT_COLLECTIVES,
+)
+# Bugs that show in the result under some schedule: without the checker luck decides.
+WRONG = (Bug.MISSING_BARRIER, Bug.WRITE_AFTER_READ, Bug.UNINITIALISED, Bug.MISSING_SYNCWARP)
+
+
+def test_every_bug_is_claimed() -> None:
+    assert set(CHECKED) == set(Bug) - {Bug.NONE}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("bug", CHECKED, ids=lambda bug: bug.name.lower())
+def test_the_checked_flavour_names_the_bug(bug: Bug, seed: int, checked: Emulator) -> None:
+    checked.set_seed(seed)
+    run, message = CHECKED[bug]
+    with pytest.raises(RuntimeError, match=message) as error:
+        run(checked, bug)
+    assert re.match(r"CUDA emulator: \w+_kernel, block \(\d+, 0, 0\)", str(error.value))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("bug", PLAIN, ids=lambda bug: bug.name.lower())
+def test_the_plain_flavour_names_what_needs_no_checker(
+    bug: Bug, seed: int, plain: Emulator
+) -> None:
+    plain.set_seed(seed)
+    run, message = CHECKED[bug]
+    with pytest.raises(RuntimeError, match=message):
+        run(plain, bug)
+
+
+@pytest.mark.parametrize("bug", WRONG, ids=lambda bug: bug.name.lower())
+def test_poison_and_schedules_make_results_wrong(bug: Bug, plain: Emulator) -> None:
+    wrong = 0
+    for seed in SEEDS:
+        plain.set_seed(seed)
+        try:
+            CHECKED[bug][0](plain, bug)
+        except Wrong:
+            wrong += 1
+    assert wrong
+
+
+def bits(predicate: Callable[[int], bool]) -> int:
+    return sum(1 << lane for lane in range(32) if predicate(lane))
+
+
+def test_builtins_do_what_the_programming_guide_says(checked: Emulator) -> None:
+    expected: list[Callable[[int], int]] = [
+        lambda lane: lane - 3 if lane >= 3 else lane,
+        lambda lane: lane + 3 if lane < 29 else lane,
+        lambda lane: lane ^ 5,
+        lambda lane: lane // 8 * 8 + 1,
+        lambda lane: (lane if lane % 4 == 3 else lane + 1) << 40,
+        lambda lane: bits(lambda other: other % 3 == 0),
+        lambda lane: 1,
+        lambda lane: 0,
+        lambda lane: bits(lambda other: other % 8 == lane % 8),
+        lambda lane: sum(range(32)),
+        lambda lane: 5,
+        lambda lane: 31,
+        lambda lane: 64,
+        lambda lane: 0xFFFFFFFF,
+        lambda lane: 7,
+        lambda lane: 5,
+        lambda lane: 0,
+        lambda lane: 1,
+        lambda lane: 31 - lane,
+        lambda lane: lane + 1,
+        lambda lane: 1 << (31 - lane),
+        lambda lane: lane,
+        lambda lane: 3,
+        lambda lane: 0x3F800000,
+        lambda lane: 32 * 1000 + 1,
+    ]
+    out = torch.full((32, len(expected)), -1)
+    call(checked, "builtins", out)
+    assert out.tolist() == [[f(lane) for f in expected] for lane in range(32)]
+
+
+def test_atomics_return_and_leave_what_they_should(checked: Emulator) -> None:
+    checked.set_seed(0)
+    values = torch.tensor([40, 7, 7, 0xFF, 0, 0xF, 5, 5, 0, 99], dtype=torch.int32)
+    call(checked, "atomics", values)
+    # Of 32 increments from 5 modulo 10, and as many decrements.
+    assert values.tolist() == [8, 0, 31, 0, -1, ~0xF, (5 + 32) % 10, (5 - 32) % 10, 32, 31]
+
+
+@pytest.mark.parametrize(
+    ("grid_y", "threads", "shared", "allowed", "message"),
+    [
+        (1, 1025, 0, 0, r"expected 1 to 1024 threads a block.*\(1025, 1, 1\)"),
+        (1, 0, 0, 0, r"expected 1 to 1024 threads a block.*\(0, 1, 1\)"),
+        (0, 32, 0, 0, r"expected a grid of at least 1.*\(1, 0, 1\)"),
+        (65536, 32, 0, 0, r"expected a grid of .* 65535"),
+        (1, 32, 48 * 1024 + 1, 48 * 1024, r"at most 49152 bytes of dynamic shared memory"),
+        (1, 32, 0, 99 * 1024 + 1, r"at most 101376 bytes of dynamic shared memory, got 101377"),
+    ],
+)
+def test_limits_of_a_launch(
+    grid_y: int, threads: int, shared: int, allowed: int, message: str, plain: Emulator
+) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        call(plain, "empty", grid_y, threads, ctypes.c_size_t(shared), allowed)
+
+
+def test_more_dynamic_shared_memory_is_there_on_request(plain: Emulator) -> None:
+    call(plain, "empty", 1, 1024, ctypes.c_size_t(99 * 1024), 99 * 1024)
+
+
+def test_static_shared_memory_is_limited(plain: Emulator) -> None:
+    with pytest.raises(RuntimeError, match="at most 49152 bytes of static shared memory"):
+        call(plain, "large")
+
+
+def test_a_source_that_does_not_compile_shows_what_the_compiler_says(tmp_path: Path) -> None:
+    source = tmp_path / "bad.cu"
+    source.write_text("int x = no_such_name;\n")
+    with pytest.raises(RuntimeError, match=r"(?s)compiling bad.cu failed: .*no_such_name"):
+        library([source], checked=False)
