@@ -9,9 +9,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc cmake python -type f ! -name '*.pyc') CMakeLists.txt pyproject.toml README.md
 
-.PHONY: help demo test mnist bench lint format clean
+.PHONY: help demo test mnist bench cuda-resources lint format clean
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.package  ## train a small GPT dense and pruned, compare (4 minutes)
 	$(BIN)/python examples/gpt.py
@@ -29,6 +29,9 @@ bench: $(VENV)/.peers  ## measure kernels and training against torch, quickly; t
 	$(BIN)/python -m bench.block_sparse --quick --csv build/block_sparse.csv
 	$(BIN)/python -m bench.training --quick --csv build/training.csv
 	$(BIN)/python -m bench.optimizers --csv build/optimizers.csv
+
+cuda-resources: $(VENV)/.package  ## write docs/cuda-resources.md, from the library that nvcc made
+	$(BIN)/python tests/test_cuda_build.py
 
 lint: $(VENV)/.package  ## ruff, clang-format, mypy
 	$(BIN)/ruff check .
@@ -54,7 +57,7 @@ $(VENV)/.tools: Makefile
 	touch $@
 
 $(VENV)/.package: $(VENV)/.tools $(SOURCES)
-	$(PIP) install --quiet --no-build-isolation ".[demo,test,lint]"
+	$(PIP) install --quiet --no-build-isolation ".[cuda,demo,test,lint]"
 	touch $@
 
 # Not part of .package: the tests need no peers.

@@ -3,8 +3,10 @@
 #   cpu.cpp  CPU kernels; compiled once per instruction set, so it may include no torch header
 #            (an inline function compiled for AVX-512 here could replace the baseline copy at
 #            link time) and define no static data
-# <contract> is the compiler's -ffp-contract: "off" (the default) where every device and
-# instruction set must round alike, "fast" where a fused multiply-add is welcome.
+#   op_cuda.cpp, cuda.cu   the same on CUDA, where the op has them; cuda.cu includes no torch header
+#            either (nvcc takes minutes over them)
+# <contract> is the compiler's -ffp-contract (nvcc's -fmad): "off" (the default) where every device
+# and instruction set must round alike, "fast" where a fused multiply-add is welcome.
 set(SECATEUR_ISAS BASE)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64" AND NOT MSVC)
   list(APPEND SECATEUR_ISAS AVX2 AVX512 AVX512_BF16)
@@ -30,4 +32,10 @@ function(secateur_add_op name)
       OBJECT_DEPENDS ${dir}/cpu.cpp)
     target_sources(_C PRIVATE ${copy})
   endforeach()
+  if(TARGET secateur_cuda AND EXISTS ${dir}/cuda.cu)
+    target_sources(secateur_cuda PRIVATE ${dir}/op_cuda.cpp ${dir}/cuda.cu)
+    if(contract STREQUAL "off")
+      set_source_files_properties(${dir}/cuda.cu PROPERTIES COMPILE_OPTIONS -fmad=false)
+    endif()
+  endif()
 endfunction()

@@ -31,14 +31,15 @@ template <typename T>
 using Compute = typename ComputeType<T>::type;
 
 // Everything below has internal linkage: cpu.cpp files are compiled for several instruction sets,
-// and the linker must never share one copy between them.
+// and the linker must never share one copy between them. constexpr, so that nvcc takes it for the
+// device as well (--expt-relaxed-constexpr).
 namespace {
 
-inline uint32_t widen(uint32_t x) { return x; }
-inline float widen(float x) { return x; }
-inline double widen(double x) { return x; }
-inline float widen(BFloat16 x) { return std::bit_cast<float>(uint32_t{x.bits} << 16); }
-inline float widen(Half x) {
+constexpr uint32_t widen(uint32_t x) { return x; }
+constexpr float widen(float x) { return x; }
+constexpr double widen(double x) { return x; }
+constexpr float widen(BFloat16 x) { return std::bit_cast<float>(uint32_t{x.bits} << 16); }
+constexpr float widen(Half x) {
   const uint32_t sign = uint32_t{x.bits} >> 15 << 31;
   const uint32_t magnitude = x.bits & 0x7fffu;
   if (magnitude >= 0x7c00u)  // infinity, NaN
@@ -52,23 +53,23 @@ inline float widen(Half x) {
 
 // Round to nearest, ties to even; NaN stays NaN.
 template <typename T>
-inline T narrow(Compute<T> x);
+constexpr T narrow(Compute<T> x);
 template <>
-inline float narrow<float>(float x) {
+constexpr float narrow<float>(float x) {
   return x;
 }
 template <>
-inline double narrow<double>(double x) {
+constexpr double narrow<double>(double x) {
   return x;
 }
 template <>
-inline BFloat16 narrow<BFloat16>(float x) {
+constexpr BFloat16 narrow<BFloat16>(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>(bits >> 16 | 0x40u)};
   return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
 }
 template <>
-inline Half narrow<Half>(float x) {
+constexpr Half narrow<Half>(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   const uint16_t sign = static_cast<uint16_t>(bits >> 31 << 15);
   const uint32_t magnitude = bits & 0x7fffffffu;

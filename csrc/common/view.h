@@ -27,7 +27,7 @@ struct Position {
   int64_t remaining;
 };
 
-inline Position locate(const View& t, int64_t index) {
+constexpr Position locate(const View& t, int64_t index) {
   const int last = t.ndim - 1;
   const int64_t inner = index % t.size[last];
   Position p{inner * t.stride[last], t.size[last] - inner};

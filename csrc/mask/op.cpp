@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "common/torch.h"
+#include "mask/checks.h"
 #include "mask/mask.h"
 
 namespace secateur::mask {
@@ -11,22 +12,8 @@ namespace {
 // Threads take whole bytes of the mask, so no two write one byte.
 constexpr int64_t kGrainBytes = 4096;
 
-int64_t byte_count(int64_t numel) { return (numel + 7) / 8; }
-
-const uint8_t* bytes(const Tensor& t) { return static_cast<const uint8_t*>(t.const_data_ptr()); }
-uint8_t* mutable_bytes(const Tensor& t) { return static_cast<uint8_t*>(t.mutable_data_ptr()); }
-
-void check_bits(const char* op, const Tensor& bits, int64_t numel) {
-  STD_TORCH_CHECK(bits.scalar_type() == ScalarType::Byte, op, ": expected bits to be uint8, got ",
-                  bits.scalar_type());
-  STD_TORCH_CHECK(bits.is_contiguous() && bits.numel() == byte_count(numel), op, ": expected ",
-                  byte_count(numel), " contiguous bytes of mask for ", numel, " elements, got ",
-                  bits.numel());
-}
-
 Tensor pack_cpu(const Tensor& mask) {
-  STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool,
-                  "pack_mask: expected mask to be bool, got ", mask.scalar_type());
+  check_mask(mask);
   const Tensor source = torch::stable::contiguous(mask);
   const int64_t numel = mask.numel();
   Tensor bits = torch::stable::new_empty(mask, {byte_count(numel)}, ScalarType::Byte);
@@ -39,8 +26,7 @@ Tensor pack_cpu(const Tensor& mask) {
 }
 
 Tensor unpack_cpu(const Tensor& bits, std::vector<int64_t> shape) {
-  int64_t numel = 1;
-  for (const int64_t size : shape) numel *= size;
+  const int64_t numel = numel_of(shape);
   check_bits("unpack_mask", bits, numel);
   Tensor mask = torch::stable::new_empty(bits, shape, ScalarType::Bool);
   if (numel == 0) return mask;
@@ -53,13 +39,7 @@ Tensor unpack_cpu(const Tensor& bits, std::vector<int64_t> shape) {
 
 // For each tensor whether something dead was not zero.
 Tensor apply_cpu(std::vector<Tensor> tensors, std::vector<Tensor> bits) {
-  STD_TORCH_CHECK(!tensors.empty(), "mask_: expected at least one tensor, got none");
-  STD_TORCH_CHECK(tensors.size() == bits.size(), "mask_: expected one mask a tensor, got ",
-                  tensors.size(), " tensors and ", bits.size(), " masks");
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    dtype_of(tensors[i], "mask_", "tensors");
-    check_bits("mask_", bits[i], tensors[i].numel());
-  }
+  check_targets(tensors, bits);
   Tensor revived =
       torch::stable::new_empty(bits[0], {static_cast<int64_t>(tensors.size())}, ScalarType::Bool);
   uint8_t* const flags = mutable_bytes(revived);

@@ -27,4 +27,12 @@ using Run = bool(const Args& args, int64_t begin, int64_t end);
 
 SECATEUR_PER_ISA(Run run)
 
+namespace CUDA {
+
+// On a CUDA stream; returns a cudaError_t. *bad, zero before, becomes 1 if some score is NaN or
+// infinite.
+int run(const Args& args, uint32_t* bad, void* stream);
+
+}  // namespace CUDA
+
 }  // namespace secateur::nm

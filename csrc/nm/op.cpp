@@ -2,8 +2,8 @@
 #include <string>
 #include <tuple>
 
-#include "common/score_inputs.h"
 #include "common/torch.h"
+#include "nm/checks.h"
 #include "nm/nm.h"
 
 namespace secateur::nm {
@@ -16,23 +16,12 @@ std::tuple<Tensor, Tensor> nm_mask_cpu(const Tensor& weight, std::optional<Tenso
                                        std::optional<Tensor> state, std::string formula, int64_t n,
                                        int64_t m, bool largest, double normalizer, int64_t seed) {
   // Checks
-  STD_TORCH_CHECK(1 <= n && n <= m && m <= kMaxGroup,
-                  "nm_mask: expected 1 <= n <= m <= ", kMaxGroup, ", got n = ", n, " and m = ", m);
-  Args args{};
-  args.mode = state ? Mode::State : Mode::Observe;
-  const ScoreParams params{normalizer, 0, 0, static_cast<uint64_t>(seed)};
-  args.inputs = score_inputs("nm_mask", weight, grad, state, args.mode, formula, params);
-  args.wide = weight.scalar_type() == ScalarType::Double;
-  args.largest = largest;
-  args.numel = weight.numel();
-  args.n = n;
-  args.m = m;
+  Args args = checked_args(weight, grad, state, formula, n, m, largest, normalizer, seed);
 
   // Outputs
   Tensor mask = torch::stable::new_empty(weight, {(args.numel + 7) / 8}, ScalarType::Byte);
   Tensor bad = torch::stable::new_zeros(weight, {}, ScalarType::Bool);
   if (args.numel == 0) return {mask, bad};
-  args.n_cols = weight.dim() == 0 ? 1 : args.numel / weight.size(0);
   args.mask = static_cast<uint8_t*>(mask.mutable_data_ptr());
 
   // Dispatch

@@ -5,6 +5,7 @@ import os
 import torch
 
 from secateur import _C
+from secateur.ops import _cuda
 from secateur.ops import block_sparse as _block_sparse
 from secateur.ops import mask as _mask
 from secateur.ops import nm as _nm
@@ -65,3 +66,6 @@ _BEST = {"AVX2": "AVX2", "AVX512": _C.supported_isas()[-1]}
 _C.set_isa(
     os.environ.get("SECATEUR_ISA") or _BEST.get(torch.backends.cpu.get_cpu_capability(), "BASE")
 )
+
+if torch.version.cuda is not None:
+    _cuda.register([spec.name for spec in SPECS])

@@ -1,0 +1,40 @@
+# SECATEUR_CUDA=AUTO builds the CUDA kernels where an nvcc is found that works, ON insists on them,
+# OFF does not look. They are a library of their own, secateur_cuda: plain, on the stable ABI, with a
+# static CUDA runtime, so the torch it is built against needs no CUDA, and Python loads it only under
+# a torch that has (python/secateur/ops/_cuda.py).
+set(SECATEUR_CUDA AUTO CACHE STRING "Build the CUDA kernels: AUTO, ON or OFF")
+if(NOT SECATEUR_CUDA MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "expected SECATEUR_CUDA to be AUTO, ON or OFF, got '${SECATEUR_CUDA}'")
+endif()
+if(SECATEUR_CUDA STREQUAL "OFF")
+  return()
+endif()
+
+include(CheckLanguage)
+check_language(CUDA)
+if(NOT CMAKE_CUDA_COMPILER)
+  if(SECATEUR_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "expected an nvcc that works for SECATEUR_CUDA=ON, found none")
+  endif()
+  message(STATUS "no nvcc: building without CUDA kernels")
+  return()
+endif()
+
+# Machine code for A100 and H100, PTX for everything else from A100 on: the PTX of an "a"
+# architecture would run nowhere else.
+set(CMAKE_CUDA_ARCHITECTURES 80-real 90a-real 80-virtual)
+set(CMAKE_CUDA_STANDARD 20)
+set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
+enable_language(CUDA)
+find_package(CUDAToolkit REQUIRED)
+
+add_library(secateur_cuda MODULE)
+target_include_directories(secateur_cuda PRIVATE csrc)
+target_compile_options(secateur_cuda PRIVATE
+  $<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Wno-psabi>
+  $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr>)
+target_link_libraries(secateur_cuda PRIVATE secateur::torch torch CUDA::cudart_static)
+# libtorch.so brings in the CUDA half of a torch that has one: the linker would leave it out, since
+# the torch here may define nothing that is needed.
+target_link_options(secateur_cuda PRIVATE -Wl,--no-as-needed -Wl,--exclude-libs,ALL)
+install(TARGETS secateur_cuda LIBRARY DESTINATION secateur)

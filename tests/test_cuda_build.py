@@ -1,0 +1,216 @@
+"""The CUDA kernels as shipped: what nvcc made of them, read from the library, and how it loads.
+
+``make cuda-resources`` rewrites the table that a change of registers or shared memory must update.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from secateur import ops
+from secateur.ops import _cuda
+
+ROOT = Path(__file__).parent.parent
+TABLE = ROOT / "docs" / "cuda-resources.md"
+ARCHITECTURES = ("sm_80", "sm_90a")
+# Registers are the compiler's choice: the table is compared where this release made the library.
+NVCC = "13.0"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    registers: int
+    shared: int
+    local: int  # bytes of stack and local memory
+    sass: str
+
+
+def run(*command: str | Path) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def tool(name: str) -> str:
+    """A program of the CUDA toolkit, which the wheel nvidia-cuda-<name> brings as well."""
+    if found := shutil.which(name):
+        return found
+    files = importlib.metadata.files(f"nvidia-cuda-{name}") or []
+    return str(next(f.locate() for f in files if f.name == name))
+
+
+def readable(symbol: str) -> str:
+    """``mask::apply_kernel<Flat>`` for what the linker calls it."""
+    name = run("c++filt", symbol).strip()
+    name = re.sub(r"\(anonymous namespace\)::|secateur::|CUDA::|^void ", "", name)
+    name = name.partition("(")[0]
+    return re.sub(r"(?<=<)\w+::", "", name)
+
+
+def sections(text: str, heading: str) -> dict[str, dict[str, str]]:
+    """Of cuobjdump's output: architecture -> function -> what follows its heading."""
+    found: dict[str, dict[str, str]] = {}
+    for part in re.split(r"^arch = ", text, flags=re.MULTILINE)[1:]:
+        arch = part.split("\n", 1)[0].strip()
+        for function in re.split(heading, part)[1:]:
+            symbol, rest = re.split(r"[:\s]", function.strip(), maxsplit=1)
+            found.setdefault(arch, {})[readable(symbol)] = rest
+    return found
+
+
+def read_kernels() -> dict[str, dict[str, Kernel]]:
+    usage = sections(run(tool("cuobjdump"), "-res-usage", _cuda.LIBRARY), r"\n Function ")
+    sass = sections(run(tool("cuobjdump"), "-sass", _cuda.LIBRARY), r"\n\t\tFunction : ")
+    kernels: dict[str, dict[str, Kernel]] = {}
+    for arch, functions in usage.items():
+        for name, text in functions.items():
+            got = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", text)}
+            kernels.setdefault(arch, {})[name] = Kernel(
+                got["REG"], got["SHARED"], got["STACK"] + got["LOCAL"], sass[arch][name]
+            )
+    return kernels
+
+
+def table(kernels: dict[str, dict[str, Kernel]]) -> str:
+    lines = [
+        "# Registers and shared memory of the CUDA kernels",
+        "",
+        f"Registers a thread and bytes of static shared memory a block, as nvcc {NVCC} makes them;",
+        "no kernel spills or uses local memory. `make cuda-resources` writes this table and",
+        "`tests/test_cuda_build.py` compares it.",
+        "",
+        "| kernel | " + " | ".join(f"{a} registers | {a} shared" for a in ARCHITECTURES) + " |",
+        "|---|" + "---:|---:|" * len(ARCHITECTURES),
+    ]
+    for name in sorted(kernels[ARCHITECTURES[0]]):
+        both = [kernels[arch][name] for arch in ARCHITECTURES]
+        lines.append(
+            f"| `{name}` | " + " | ".join(f"{k.registers} | {k.shared}" for k in both) + " |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture(scope="module")
+def kernels() -> dict[str, dict[str, Kernel]]:
+    if not shutil.which("nvcc"):
+        pytest.skip("needs nvcc: the package is built without CUDA kernels where there is none")
+    return read_kernels()
+
+
+def test_every_kernel_is_there_for_every_architecture(
+    kernels: dict[str, dict[str, Kernel]],
+) -> None:
+    assert set(kernels) == set(ARCHITECTURES)
+    folders = {path.parent.name for path in ROOT.glob("csrc/*/cuda.cu")}
+    for arch in ARCHITECTURES:
+        assert kernels[arch].keys() == kernels[ARCHITECTURES[0]].keys()
+        assert {name.split("::")[0] for name in kernels[arch]} == folders
+    assert re.findall(r"sm_\d+\w*(?=\.ptx)", run(tool("cuobjdump"), "-lptx", _cuda.LIBRARY)) == [
+        "sm_80"
+    ] * len(folders)
+
+
+def test_kernels_neither_spill_nor_use_local_memory(kernels: dict[str, dict[str, Kernel]]) -> None:
+    for arch in ARCHITECTURES:
+        for name, kernel in kernels[arch].items():
+            assert kernel.local == 0, (arch, name)
+            assert not re.search(r"\b(LDL|STL)\b", kernel.sass), (arch, name)
+
+
+@pytest.mark.parametrize(
+    ("instruction", "prefixes"),
+    [
+        ("LDG", ("mask::apply_kernel<Flat>", "mask::pack_kernel", "nm::aligned_kernel")),
+        ("STG", ("mask::apply_kernel<Flat>", "mask::unpack_kernel")),
+    ],
+)
+def test_contiguous_memory_moves_by_16_bytes(
+    kernels: dict[str, dict[str, Kernel]], instruction: str, prefixes: tuple[str, ...]
+) -> None:
+    for arch in ARCHITECTURES:
+        for prefix in prefixes:
+            matching = {n: k for n, k in kernels[arch].items() if n.startswith(prefix)}
+            assert matching, (arch, prefix)
+            for name, kernel in matching.items():
+                assert re.search(rf"\b{instruction}\.E\.(\w+\.)*128\b", kernel.sass), (arch, name)
+
+
+def test_the_table_of_resources_is_what_the_library_says(
+    kernels: dict[str, dict[str, Kernel]],
+) -> None:
+    version = run("nvcc", "--version")
+    if f"release {NVCC}," not in version:
+        pytest.skip(f"needs nvcc {NVCC}, which made the table")
+    assert TABLE.read_text(encoding="utf-8") == table(kernels), "run: make cuda-resources"
+
+
+def in_new_process(code: str) -> str:
+    """What `code` prints, where nothing of secateur is loaded yet."""
+    return run(sys.executable, "-c", code).strip()
+
+
+def test_a_torch_without_cuda_does_not_load_the_library() -> None:
+    if torch.version.cuda is not None:
+        pytest.skip("needs a torch without CUDA")
+    code = "import secateur; print(open('/proc/self/maps').read().count('secateur_cuda'))"
+    assert in_new_process(code) == "0"
+
+
+WITH_CUDA = "import torch; torch.version.cuda = '13.0'; from secateur import ops\n"
+HAS_KERNEL = (
+    "print(*(spec.name for spec in ops.SPECS if "
+    "torch._C._dispatch_has_kernel_for_dispatch_key(f'secateur::{spec.name}', 'CUDA')))"
+)
+# The dispatcher takes what it is given for CUDA tensors, so any torch can ask for the kernel.
+CALL = """
+keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+try:
+    torch.ops.secateur.pack_mask.default.redispatch(keys, torch.ones(3, dtype=torch.bool))
+except NotImplementedError as error:
+    print(error)
+"""
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_torch_with_cuda_gets_the_kernels() -> None:
+    loaded = "print(open('/proc/self/maps').read().count('libsecateur_cuda.so') > 0)\n"
+    assert in_new_process(WITH_CUDA + loaded + HAS_KERNEL).split("\n") == [
+        "True",
+        " ".join(spec.name for spec in ops.SPECS),
+    ]
+
+
+def test_a_build_without_kernels_says_so_at_first_use() -> None:
+    hide = "from pathlib import Path; Path.exists = lambda self: False\n"
+    assert in_new_process(hide + WITH_CUDA + CALL) == (
+        "pack_mask: expected secateur built with CUDA kernels, got a build without them; install "
+        "it from source where nvcc is: pip install . -C cmake.define.SECATEUR_CUDA=ON"
+    )
+
+
+def test_a_library_that_does_not_load_says_so_at_first_use() -> None:
+    hide = (
+        "import torch\ndef load(path): raise OSError('no such symbol')\n"
+        "torch.ops.load_library = load; from pathlib import Path; Path.exists = lambda self: True\n"
+    )
+    printed = in_new_process(hide + WITH_CUDA + CALL)
+    assert printed.startswith(
+        "pack_mask: expected secateur's CUDA kernels to load, got: no such symbol; install it"
+    )
+
+
+def test_an_op_without_a_cuda_kernel_says_so() -> None:
+    ask = "ops._cuda._refuse('pack_mask', 'expected CPU tensors')\n"
+    code = "import torch; from secateur import ops\n" + ask + CALL
+    assert in_new_process(code) == "pack_mask: expected CPU tensors"
+
+
+if __name__ == "__main__":
+    TABLE.write_text(table(read_kernels()), encoding="utf-8")
