@@ -113,7 +113,8 @@ def made(key: str, suffix: str, command: Callable[[str], Sequence[str]], what: s
 
 
 def compiled(unit: Unit) -> Path:
-    key = f"{everything_included()} {unit} {unit.source.read_text('utf-8')}"
+    source = unit.source.read_text("utf-8")
+    key = f"{everything_included()} {unit.source.name} {unit.flags} {source}"
     command = [*compiler(), *unit.flags, "-x", "c++", "-c", str(unit.source)]
     return made(key, ".o", lambda output: [*command, "-o", output], f"compiling {unit.source.name}")
 

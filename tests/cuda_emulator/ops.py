@@ -1,0 +1,52 @@
+"""The project's CUDA ops, emulated: kernels and glue of csrc/, registered for CPU tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cuda_emulator.build import ROOT, Emulator, library, load
+from secateur import ops
+
+KERNELS = sorted((ROOT / "csrc").glob("*/cuda.cu"))
+GLUE = sorted((ROOT / "csrc").glob("*/op_cuda.cpp"))
+
+# Ops that have a CUDA kernel.
+SPECS = tuple(
+    spec
+    for spec in ops.SPECS
+    if any(re.search(rf'm\.impl\("{spec.name}"', path.read_text("utf-8")) for path in GLUE)
+)
+
+
+class EmulatedOps:
+    """The ops of ``SPECS`` on the emulator, which takes the place of a GPU.
+
+    Args:
+        namespace: where they are registered, ``torch.ops.<namespace>``.
+        kernels: the .cu files.
+        checked: whether every access is checked.
+    """
+
+    def __init__(self, namespace: str, kernels: Sequence[Path] = KERNELS, *, checked: bool) -> None:
+        # The glue registers for secateur_emulated; several libraries may live in one process.
+        renamed = f"-Dsecateur_emulated={namespace}"
+        path = library(kernels, GLUE, checked=checked, flags=[renamed])
+        self._library = torch.library.Library(namespace, "DEF")
+        for spec in SPECS:
+            self._library.define(str(spec.op._schema).removeprefix("secateur::"))
+        self.emulator: Emulator = load(path)
+        self._ops = getattr(torch.ops, namespace)
+
+    def call(self, name: str, *args: Any) -> Any:
+        """Call an op by its name in ``torch.ops.secateur``.
+
+        Raises:
+            RuntimeError: the arguments are wrong, or the kernel is.
+        """
+        self.emulator.forget_buffers()
+        return getattr(self._ops, name).default(*args)

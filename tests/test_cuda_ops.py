@@ -1,0 +1,50 @@
+"""Every op that has a CUDA kernel against its reference, the kernel run by the emulator."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_emulator.ops import KERNELS, SPECS, EmulatedOps
+from test_ops import CPU, check_close
+
+from secateur.ops._spec import OpSpec
+
+CASES = [
+    pytest.param(spec, dtype, id=f"{spec.name}-{str(dtype).removeprefix('torch.')}")
+    for spec in SPECS
+    for dtype in spec.dtypes
+]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "checked"])
+def emulated(request: pytest.FixtureRequest) -> EmulatedOps:
+    checked: bool = request.param
+    return EmulatedOps("secateur_checked" if checked else "secateur_emulated", checked=checked)
+
+
+@pytest.mark.parametrize(("spec", "dtype"), CASES)
+def test_matches_reference(spec: OpSpec, dtype: torch.dtype, emulated: EmulatedOps) -> None:
+    samples = list(spec.samples(dtype, CPU))
+    assert samples
+    for seed, sample in enumerate(samples):
+        emulated.emulator.set_seed(seed % 3)
+        ours, theirs = sample.args, copy.deepcopy(sample.args)
+        got, want = emulated.call(spec.name, *ours), spec.reference(*theirs)
+        check_close((got, ours), (want, theirs), spec.exact, sample.name)
+
+
+def test_a_fault_in_a_kernel_is_an_error_that_names_it(tmp_path: Path) -> None:
+    original = next(path for path in KERNELS if path.parent.name == "mask")
+    text = original.read_text("utf-8")
+    guarded = "if (i + 8 < numel) bits[i / 8 + 1]"
+    assert guarded in text
+    faulty = tmp_path / "faulty.cu"
+    faulty.write_text(text.replace(guarded, "bits[i / 8 + 1]"))
+    kernels = [faulty if path == original else path for path in KERNELS]
+    ops = EmulatedOps("secateur_faulty", kernels, checked=True)
+    with pytest.raises(RuntimeError, match=r"out of bounds write .* at faulty.cu:\d+: byte 1 of"):
+        ops.call("pack_mask", torch.ones(5, dtype=torch.bool))
+    ops.call("pack_mask", torch.ones(9, dtype=torch.bool))
