@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import re
 from collections.abc import Callable
 from enum import IntEnum, auto
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_emulator.build import Emulator, library, load
+from cuda_emulator.build import Accumulation, Arrival, Emulator, library, load
 from torch import Tensor
 
 KERNELS = Path(__file__).parent / "cuda_emulator" / "planted.cu"
@@ -41,6 +42,10 @@ class Bug(IntEnum):
     MISSING_SYNCWARP = auto()
     MISALIGNED = auto()
     OTHER_THREADS_STACK = auto()
+    MISSING_WAIT = auto()
+    NO_BARRIER_AFTER_WAIT = auto()
+    EARLY_OVERWRITE = auto()
+    FRAGMENT_ORDER = auto()
 
 
 class Wrong(Exception):
@@ -122,6 +127,13 @@ def run_share(emulator: Emulator, bug: Bug) -> None:
     expect(out, torch.full_like(out, 42))
 
 
+def run_matmul(emulator: Emulator, bug: Bug) -> None:
+    a, b = whole_numbers(50 * 104).view(50, 104), whole_numbers(40 * 104).view(40, 104)
+    c = torch.full((50, 40), torch.nan)
+    call(emulator, "matmul", bug, a.bfloat16(), b.bfloat16(), c, 50, 40, 104)
+    expect(c, a @ b.t())
+
+
 Run = Callable[[Emulator, Bug], None]
 RUNS: tuple[Run, ...] = (
     run_sum,
@@ -130,6 +142,7 @@ RUNS: tuple[Run, ...] = (
     run_compact,
     run_reverse,
     run_share,
+    run_matmul,
 )
 
 
@@ -168,6 +181,9 @@ CHECKED: dict[Bug, tuple[Run, str]] = {
     Bug.MISSING_SYNCWARP: (run_reverse, r"(race|uninitialised)"),
     Bug.MISALIGNED: (run_reverse, r"misaligned access at planted.cu:.*multiple of 16"),
     Bug.OTHER_THREADS_STACK: (run_share, r"read of another thread's local memory"),
+    Bug.MISSING_WAIT: (run_matmul, r"read of 16 bytes at planted.cu:\d+, where a cp.async is on"),
+    Bug.NO_BARRIER_AFTER_WAIT: (run_matmul, r"(race|uninitialised|where a cp.async)"),
+    Bug.EARLY_OVERWRITE: (run_matmul, r"(race: write .* read at|where a cp.async)"),
 }
 # Bugs that do not depend on accesses being seen are found by the plain flavour as well.
 PLAIN = (
@@ -178,11 +194,20 @@ PLAIN = (
     Bug.DIFFERENT_COLLECTIVES,
 )
 # Bugs that show in the result under some schedule: without the checker luck decides.
-WRONG = (Bug.MISSING_BARRIER, Bug.WRITE_AFTER_READ, Bug.UNINITIALISED, Bug.MISSING_SYNCWARP)
+WRONG: dict[Bug, Run] = {
+    Bug.MISSING_BARRIER: run_sum,
+    Bug.WRITE_AFTER_READ: run_histogram,
+    Bug.UNINITIALISED: run_histogram,
+    Bug.MISSING_SYNCWARP: run_reverse,
+    Bug.MISSING_WAIT: run_matmul,
+    Bug.NO_BARRIER_AFTER_WAIT: run_matmul,
+    Bug.EARLY_OVERWRITE: run_matmul,
+    Bug.FRAGMENT_ORDER: run_matmul,
+}
 
 
 def test_every_bug_is_claimed() -> None:
-    assert set(CHECKED) == set(Bug) - {Bug.NONE}
+    assert set(CHECKED) | set(WRONG) == set(Bug) - {Bug.NONE}
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -192,7 +217,7 @@ def test_the_checked_flavour_names_the_bug(bug: Bug, seed: int, checked: Emulato
     run, message = CHECKED[bug]
     with pytest.raises(RuntimeError, match=message) as error:
         run(checked, bug)
-    assert re.match(r"CUDA emulator: \w+_kernel, block \(\d+, 0, 0\)", str(error.value))
+    assert re.match(r"CUDA emulator: \w+_kernel, block \(\d+, \d+, 0\)", str(error.value))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -209,13 +234,40 @@ def test_the_plain_flavour_names_what_needs_no_checker(
 @pytest.mark.parametrize("bug", WRONG, ids=lambda bug: bug.name.lower())
 def test_poison_and_schedules_make_results_wrong(bug: Bug, plain: Emulator) -> None:
     wrong = 0
-    for seed in SEEDS:
+    for seed, arrival in itertools.product(SEEDS, Arrival):
         plain.set_seed(seed)
+        plain.set_arrival(arrival)
         try:
-            CHECKED[bug][0](plain, bug)
+            WRONG[bug](plain, bug)
         except Wrong:
             wrong += 1
     assert wrong
+
+
+@pytest.mark.parametrize("arrival", Arrival)
+def test_copies_that_arrive_late_or_early_change_no_right_kernel(
+    arrival: Arrival, checked: Emulator
+) -> None:
+    for seed in SEEDS:
+        checked.set_seed(seed)
+        checked.set_arrival(arrival)
+        run_matmul(checked, Bug.NONE)
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "last_places"),
+    [(Accumulation.EXACT, 8), (Accumulation.SEQUENTIAL, 0), (Accumulation.TRUNCATING, 7)],
+)
+def test_three_ways_in_which_tensor_cores_add_up(
+    accumulation: Accumulation, last_places: int, plain: Emulator
+) -> None:
+    # 1 and 15 halves of its last place.
+    a, c = torch.full((1, 16), 2.0**-12), torch.zeros(1, 1)
+    a[0, 0] = 1
+    plain.set_accumulation(accumulation)
+    call(plain, "matmul", Bug.NONE, a.bfloat16(), a.bfloat16(), c, 1, 1, 16)
+    plain.set_accumulation(Accumulation.EXACT)
+    assert c.item() == 1 + last_places * 2.0**-23
 
 
 def bits(predicate: Callable[[int], bool]) -> int:

@@ -7,6 +7,8 @@ using namespace cuda_emulator;
 extern "C" {
 
 void cuda_emulator_set_seed(uint64_t seed) { set_seed(seed); }
+void cuda_emulator_set_arrival(int when) { set_arrival(static_cast<Arrival>(when)); }
+void cuda_emulator_set_accumulation(int how) { set_accumulation(static_cast<Accumulation>(how)); }
 void cuda_emulator_add_buffer(const void* address, size_t bytes, bool initialised) {
   checker::add_buffer(address, bytes, initialised, true);
 }

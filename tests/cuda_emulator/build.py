@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,14 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 CACHE = ROOT / "build" / "cuda_emulator"
 
-RUNTIME = ("api.cpp", "checker.cpp", "collectives.cpp", "fiber.cpp", "launch.cpp")
+RUNTIME = (
+    "api.cpp",
+    "checker.cpp",
+    "collectives.cpp",
+    "fiber.cpp",
+    "launch.cpp",
+    "tensor_cores.cpp",
+)
 # The other half of instrumented code, and what tells the checker of torch's tensors.
 CHECKER = "hooks.cpp"
 BUFFERS = "torch_buffers.cpp"
@@ -51,6 +59,21 @@ INSTRUMENTED = (
     "-include",
     str(HERE / "instrumented.h"),
 )
+
+
+class Arrival(IntEnum):
+    """When the bytes of an asynchronous copy are there: as late as waits allow, or at once."""
+
+    LATE = 0
+    EAGER = 1
+
+
+class Accumulation(IntEnum):
+    """How tensor cores add up: in double; by fused multiply-adds; as an A100 was seen doing."""
+
+    EXACT = 0
+    SEQUENTIAL = 1
+    TRUNCATING = 2
 
 
 @dataclass(frozen=True)
@@ -170,8 +193,20 @@ class Emulator:
         self._library = ctypes.CDLL(str(path))
 
     def set_seed(self, seed: int) -> None:
-        """Choose a schedule: 0 runs threads and blocks in order, any other shuffles them."""
+        """Choose a schedule.
+
+        0 runs threads and blocks in order. Odd seeds shuffle threads, even ones let some warps run
+        far ahead of others; try both.
+        """
         self._library.cuda_emulator_set_seed(ctypes.c_uint64(seed))
+
+    def set_arrival(self, arrival: Arrival) -> None:
+        """Choose when asynchronous copies arrive; a kernel must be right either way."""
+        self._library.cuda_emulator_set_arrival(ctypes.c_int(arrival))
+
+    def set_accumulation(self, accumulation: Accumulation) -> None:
+        """Choose how tensor cores add up; a kernel's result must be good either way."""
+        self._library.cuda_emulator_set_accumulation(ctypes.c_int(accumulation))
 
     def add_buffer(self, address: int, size: int, initialised: bool = True) -> None:
         """Let kernels access memory; what was known of it is forgotten.

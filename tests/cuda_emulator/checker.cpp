@@ -54,6 +54,7 @@ struct Byte {
   uint32_t lanes = 0;
   bool other_warps = false, other_blocks = false;
   bool initialised = false;
+  bool in_flight = false;  // an asynchronous copy has yet to write it
 };
 
 struct Region {
@@ -406,6 +407,9 @@ void access(const void* address, size_t bytes, Access kind, const void* program_
   Byte* const shadow = &region->second.shadow[static_cast<size_t>(begin - region->first)];
   for (size_t i = 0; i < bytes; ++i) {
     Byte& byte = shadow[i];
+    if (byte.in_flight)
+      fail("%s of %zu bytes at %s, where a cp.async is on its way: %s", verb(kind), bytes,
+           location(program_counter).c_str(), text_of(begin + i, *region).c_str());
     if (kind != Access::Write && !byte.initialised)
       fail("uninitialised %s of %zu bytes at %s: %s", verb(kind), bytes,
            location(program_counter).c_str(), text_of(begin + i, *region).c_str());
@@ -422,6 +426,29 @@ void access(const void* address, size_t bytes, Access kind, const void* program_
     byte.other_warps = byte.other_blocks = false;
     byte.initialised = true;
   }
+}
+
+namespace {
+
+void set_in_flight(const void* address, size_t bytes, bool value) {
+  const auto* const begin = static_cast<const char*>(address);
+  auto* const region = find(begin);  // access() has found it, or ended the launch
+  Byte* const shadow = &region->second.shadow[static_cast<size_t>(begin - region->first)];
+  for (size_t i = 0; i < bytes; ++i) shadow[i].in_flight = value;
+}
+
+}  // namespace
+
+void begin_copy(const void* address, size_t bytes, const void* program_counter) {
+  if (!enabled) return;
+  access(address, bytes, Access::Write, program_counter);
+  set_in_flight(address, bytes, true);
+}
+
+void end_copy(const void* address, size_t bytes, const void* program_counter) {
+  if (!enabled) return;
+  set_in_flight(address, bytes, false);
+  access(address, bytes, Access::Write, program_counter);
 }
 
 void wrote(const void* address, size_t bytes) {

@@ -13,6 +13,7 @@
 #include "emulator.h"
 #include "intrinsics.h"
 #include "runtime_api.h"
+#include "tensor_cores.h"
 #include "vectors.h"
 
 #define __global__

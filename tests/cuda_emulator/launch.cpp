@@ -174,10 +174,11 @@ void begin_block(uint64_t linear) {
                    static_cast<unsigned>(linear / grid.x / grid.y)};
   machine.arrived = 0;
   machine.opened.clear();
+  forget_copies();
   checker::begin_block();
   if (launch.shared_bytes) {
     poison(machine.dynamic_shared, launch.shared_bytes);
-    checker::add_shared(machine.dynamic_shared, launch.shared_bytes, "dynamic shared memory");
+    checker::add_shared(machine.dynamic_shared, launch.shared_bytes, "memory");
   }
   for (Thread& thread : machine.threads) {
     const unsigned i = index_of(thread);
@@ -187,26 +188,43 @@ void begin_block(uint64_t linear) {
   }
 }
 
-// Seed 0 runs threads in order; any other seed in another order each round.
-void run_block(std::vector<unsigned>& order) {
-  size_t done = 0;
-  while (done < order.size()) {
-    if (machine.seed) std::shuffle(order.begin(), order.end(), machine.random);
-    bool progress = false;
-    done = 0;
-    for (const unsigned i : order) {
-      Thread& thread = machine.threads[i];
-      if (thread.state == State::Ready) {
-        progress = true;
-        machine.current = &thread;
-        thread.fiber.resume();
-        machine.current = nullptr;
-        if (!machine.error.empty()) return;
-      }
-      done += thread.state == State::Done;
-    }
-    if (!progress && done < order.size()) return report_deadlock();
+// Lets every thread of a range run until it has to wait; false if none could.
+bool take_turns(const std::vector<unsigned>& threads) {
+  bool progress = false;
+  for (const unsigned i : threads) {
+    Thread& thread = machine.threads[i];
+    if (thread.state != State::Ready || !machine.error.empty()) continue;
+    progress = true;
+    machine.current = &thread;
+    thread.fiber.resume();
+    machine.current = nullptr;
   }
+  return progress;
+}
+
+// Seed 0 runs threads in order. Odd seeds shuffle them every round, so that warps go at the same
+// pace; even seeds let a warp run as far ahead of the others as it can.
+void run_block() {
+  std::vector<std::vector<unsigned>> groups;  // all threads, or warps
+  const bool ahead = machine.seed && machine.seed % 2 == 0;
+  const size_t size = ahead ? kWarpSize : kMaxThreads;
+  for (unsigned i = 0; i < machine.threads.size(); ++i) {
+    if (i % size == 0) groups.emplace_back();
+    groups.back().push_back(i);
+  }
+  const int turns = ahead ? 1000 : 1;  // a warp that polls would go on forever
+  for (bool progress = true; progress && machine.error.empty();) {
+    progress = false;
+    if (machine.seed) {
+      std::shuffle(groups.begin(), groups.end(), machine.random);
+      for (auto& group : groups) std::shuffle(group.begin(), group.end(), machine.random);
+    }
+    for (const auto& group : groups)
+      for (int turn = 0; turn < turns && take_turns(group); ++turn) progress = true;
+  }
+  if (!machine.error.empty()) return;
+  for (const Thread& thread : machine.threads)
+    if (thread.state != State::Done) return report_deadlock();
 }
 
 void check_limits(const Launch& launch) {
@@ -258,14 +276,12 @@ void run(const Launch& launch) {
   machine.threads.resize(launch.block.x * launch.block.y * launch.block.z);
   checker::begin_launch(launch, machine.stacks().all(), machine.stacks().bytes());
 
-  std::vector<unsigned> threads(machine.threads.size());
-  std::iota(threads.begin(), threads.end(), 0u);
   std::vector<uint64_t> blocks(uint64_t{launch.grid.x} * launch.grid.y * launch.grid.z);
   std::iota(blocks.begin(), blocks.end(), uint64_t{0});
   if (machine.seed) std::shuffle(blocks.begin(), blocks.end(), machine.random);
   for (const uint64_t block : blocks) {
     begin_block(block);
-    run_block(threads);
+    run_block();
     checker::end_block();
     if (!machine.error.empty()) break;
   }

@@ -16,4 +16,15 @@ bool on_own_stack(const void* address);
 
 void set_seed(uint64_t seed);
 
+// When an asynchronous copy's bytes are there: as late as the kernel's waits allow, or at once. A
+// kernel must be right with both.
+enum class Arrival { Late, Eager };
+void set_arrival(Arrival when);
+// How the tensor cores add up, which no document says. A kernel's result must be good with all:
+// exactly, in double; one fused multiply-add after the other; or as an A100 was seen doing.
+enum class Accumulation { Exact, Sequential, Truncating };
+void set_accumulation(Accumulation how);
+// The copies that threads of the last block left on their way.
+void forget_copies();
+
 }  // namespace cuda_emulator

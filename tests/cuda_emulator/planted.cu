@@ -26,6 +26,10 @@ enum Bug : int {
   kMissingSyncwarp,
   kMisaligned,
   kOtherThreadsStack,
+  kMissingWait,
+  kNoBarrierAfterWait,
+  kEarlyOverwrite,
+  kFragmentOrder,
 };
 
 constexpr int kThreads = 256;
@@ -171,6 +175,65 @@ __global__ void __launch_bounds__(kThreads) share_kernel(Bug bug, int* out) {
   __syncthreads();
 }
 
+// c = a b^T, a of m x k and b of n x k bfloat16 (k a multiple of 8): tiles of 32 x 32, each warp a
+// quarter of one, fetched ahead in two stages.
+constexpr int kTile = 32, kPitch = kTile + 8, kTileThreads = 128;
+
+__global__ void __launch_bounds__(kTileThreads)
+    matmul_kernel(Bug bug, const uint16_t* a, const uint16_t* b, float* c, int m, int n, int k) {
+  using namespace cuda_emulator;
+  SECATEUR_DYNAMIC_SHARED(uint16_t, shared);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int first_row = blockIdx.y * kTile, first_col = blockIdx.x * kTile;
+  const auto tile = [&](int stage, int operand) {
+    return shared + (stage % 2 * 2 + operand) * kTile * kPitch;
+  };
+  const auto fetch = [&](int stage) {
+    const int row = threadIdx.x / 4, chunk = threadIdx.x % 4 * 8, depth = stage * kTile + chunk;
+    for (int operand = 0; operand < 2; ++operand) {
+      const uint16_t* const from = operand ? b : a;
+      const int at = (operand ? first_col : first_row) + row;
+      const bool inside = at < (operand ? n : m) && depth < k;
+      copy_async(tile(stage, operand) + row * kPitch + chunk, inside ? from + at * k + depth : from,
+                 16, inside ? 16 : 0);
+    }
+    commit_copies();
+  };
+
+  float sums[2][4] = {};
+  const int stages = (k + kTile - 1) / kTile;
+  fetch(0);
+  for (int stage = 0; stage < stages; ++stage) {
+    if (stage + 1 < stages)
+      fetch(stage + 1);
+    else
+      commit_copies();
+    wait_for_copies(bug == kMissingWait ? 2 : 1);
+    if (bug != kNoBarrierAfterWait) __syncthreads();
+    for (int depth = 0; depth < kTile; depth += 16) {
+      uint32_t rows[4], cols[4];
+      load_matrices(rows, 4,
+                    tile(stage, 0) + (warp / 2 * 16 + lane % 16) * kPitch + depth + lane / 16 * 8,
+                    false);
+      load_matrices(cols, 4,
+                    tile(stage, 1) + (warp % 2 * 16 + lane / 16 * 8 + lane % 8) * kPitch + depth +
+                        lane / 8 % 2 * 8,
+                    false);
+      if (bug == kFragmentOrder) std::swap(cols[1], cols[2]);
+      for (int j = 0; j < 2; ++j)
+        multiply_accumulate(Format::BFloat16, sums[j], rows, {cols[2 * j], cols[2 * j + 1]},
+                            sums[j]);
+    }
+    if (bug != kEarlyOverwrite) __syncthreads();
+  }
+  for (int j = 0; j < 2; ++j)
+    for (int i = 0; i < 4; ++i) {
+      const int row = first_row + warp / 2 * 16 + lane / 4 + i / 2 * 8;
+      const int col = first_col + warp % 2 * 16 + j * 8 + lane % 4 * 2 + i % 2;
+      if (row < m && col < n) c[row * n + col] = sums[j][i];
+    }
+}
+
 // Every builtin that the others leave out; see test_builtins.
 __global__ void builtins_kernel(uint64_t* out) {
   const unsigned lane = threadIdx.x % 32, low = lane % 8;
@@ -263,6 +326,15 @@ const char* reverse(Bug bug, const float* x, float* y, int blocks) {
 const char* share(Bug bug, int* out) {
   return cuda_emulator::message_of(
       [&] { SECATEUR_LAUNCH(share_kernel, 1, kThreads, 0, nullptr, bug, out); });
+}
+
+const char* matmul(Bug bug, const uint16_t* a, const uint16_t* b, float* c, int m, int n, int k) {
+  const dim3 grid((n + kTile - 1) / kTile, (m + kTile - 1) / kTile);
+  const size_t shared_bytes = 4 * kTile * kPitch * sizeof(uint16_t);
+  return cuda_emulator::message_of([&] {
+    SECATEUR_LAUNCH(matmul_kernel, grid, kTileThreads, shared_bytes, nullptr, bug, a, b, c, m, n,
+                    k);
+  });
 }
 
 const char* builtins(uint64_t* out) {
