@@ -100,6 +100,7 @@ def table(kernels: dict[str, dict[str, Kernel]]) -> str:
 def kernels() -> dict[str, dict[str, Kernel]]:
     if not shutil.which("nvcc"):
         pytest.skip("needs nvcc: the package is built without CUDA kernels where there is none")
+    assert _cuda.LIBRARY.exists(), "nvcc is here, and the package was built without CUDA kernels"
     return read_kernels()
 
 
