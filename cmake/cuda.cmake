@@ -12,11 +12,15 @@ endif()
 
 include(CheckLanguage)
 check_language(CUDA)
-if(NOT CMAKE_CUDA_COMPILER)
+set(_nvcc none)
+if(CMAKE_CUDA_COMPILER)
+  execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --version OUTPUT_VARIABLE _nvcc)
+endif()
+if(NOT _nvcc MATCHES "release ([0-9.]+)" OR CMAKE_MATCH_1 VERSION_LESS 12.0)  # C++20, sm_90a
   if(SECATEUR_CUDA STREQUAL "ON")
-    message(FATAL_ERROR "expected an nvcc that works for SECATEUR_CUDA=ON, found none")
+    message(FATAL_ERROR "expected nvcc 12.0 or newer for SECATEUR_CUDA=ON, got: ${_nvcc}")
   endif()
-  message(STATUS "no nvcc: building without CUDA kernels")
+  message(STATUS "no nvcc 12.0 or newer: building without CUDA kernels")
   return()
 endif()
 

@@ -10,7 +10,8 @@
 set(SECATEUR_ISAS BASE)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64" AND NOT MSVC)
   list(APPEND SECATEUR_ISAS AVX2 AVX512 AVX512_BF16)
-  set(SECATEUR_FLAGS_AVX2 -mavx2 -mfma -mf16c)
+  # prefetchw is no operation where a CPU lacks it.
+  set(SECATEUR_FLAGS_AVX2 -mavx2 -mfma -mf16c -mprfchw)
   set(SECATEUR_FLAGS_AVX512
       ${SECATEUR_FLAGS_AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512)
   set(SECATEUR_FLAGS_AVX512_BF16 ${SECATEUR_FLAGS_AVX512} -mavx512bf16)

@@ -83,6 +83,28 @@ def check_against_dense(
 # ---------------------------------------------------------------- the container
 
 
+@pytest.mark.usefixtures("restore")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block", [1, 8, 16, 64])
+def test_bits_do_not_depend_on_threads(block: int, dtype: torch.dtype) -> None:
+    # Halves of the batch that are alike and that are not, in one part and in several.
+    for m in (127, 128, 192, 323, 700):
+        torch.manual_seed(m)
+        x, dy = torch.randn(m, 192).to(dtype), torch.randn(m, 320).to(dtype)
+        weight = BlockSparse.from_dense(
+            torch.randn(320, 192).to(dtype), block, random_mask(320, 192, block, 0.3)
+        )
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            xs, values = x.clone().requires_grad_(), weight.values.clone().requires_grad_()
+            y = block_sparse_linear(xs, weight.with_values(values))
+            results.append((y, *torch.autograd.grad(y, (xs, values), dy)))
+        for other in results[1:]:
+            for got, want in zip(other, results[0], strict=True):
+                assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 @pytest.mark.parametrize("shape", [(256, 128), (70, 45), (1, 1), (0, 5), (5, 0)], ids=str)
 def test_round_trip(block: int | tuple[int, int], shape: tuple[int, int]) -> None:

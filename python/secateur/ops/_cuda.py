@@ -25,7 +25,9 @@ def register(names: Sequence[str]) -> None:
     reason = _load()
     for name in names:
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"secateur::{name}", "CUDA"):
-            _refuse(name, reason or "expected CPU tensors, got CUDA ones, for which it has no kernel")
+            _refuse(
+                name, reason or "expected CPU tensors, got CUDA ones, for which it has no kernel"
+            )
 
 
 def _load() -> str | None:
