@@ -347,3 +347,26 @@ def test_a_source_that_does_not_compile_shows_what_the_compiler_says(tmp_path: P
     source.write_text("int x = no_such_name;\n")
     with pytest.raises(RuntimeError, match=r"(?s)compiling bad.cu failed: .*no_such_name"):
         library([source], checked=False)
+
+
+def test_lines_that_ran_are_known(tmp_path: Path) -> None:
+    source = tmp_path / "branch.cu"
+    source.write_text(
+        """#include "cuda_emulator.h"
+__global__ void branch(int n, int* out) {
+  if (n > 5)
+    out[n] = n / 7;
+  else
+    for (int i = n; i > 0; --i) out[i] += i;
+}
+extern "C" const char* run(int n, int* out) {
+  return cuda_emulator::message_of([&] { SECATEUR_LAUNCH(branch, 1, 1, 0, nullptr, n, out); });
+}
+"""
+    )
+    emulator = load(library([source], checked=True))
+    out = torch.zeros(10, dtype=torch.int32)
+    assert {4, 6} <= emulator.lines(source)[0]
+    for n, ran in ((0, {6}), (9, {4, 6})):
+        call(emulator, "run", n, out)
+        assert emulator.lines(source)[1] & {4, 6} == ran

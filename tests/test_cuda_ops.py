@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 
 import pytest
@@ -19,14 +20,24 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["plain", "checked"])
+@pytest.fixture(scope="module")
+def plain() -> EmulatedOps:
+    return EmulatedOps("secateur_emulated", checked=False)
+
+
+@pytest.fixture(scope="module")
+def checked() -> EmulatedOps:
+    return EmulatedOps("secateur_checked", checked=True)
+
+
+@pytest.fixture(params=["plain", "checked"])
 def emulated(request: pytest.FixtureRequest) -> EmulatedOps:
-    checked: bool = request.param
-    return EmulatedOps("secateur_checked" if checked else "secateur_emulated", checked=checked)
+    ops: EmulatedOps = request.getfixturevalue(request.param)
+    return ops
 
 
-@pytest.mark.parametrize(("spec", "dtype"), CASES)
-def test_matches_reference(spec: OpSpec, dtype: torch.dtype, emulated: EmulatedOps) -> None:
+@functools.cache
+def check_samples(spec: OpSpec, dtype: torch.dtype, emulated: EmulatedOps) -> None:
     samples = list(spec.samples(dtype, CPU))
     assert samples
     for seed, sample in enumerate(samples):
@@ -34,6 +45,20 @@ def test_matches_reference(spec: OpSpec, dtype: torch.dtype, emulated: EmulatedO
         ours, theirs = sample.args, copy.deepcopy(sample.args)
         got, want = emulated.call(spec.name, *ours), spec.reference(*theirs)
         check_close((got, ours), (want, theirs), spec.exact, sample.name)
+
+
+@pytest.mark.parametrize(("spec", "dtype"), CASES)
+def test_matches_reference(spec: OpSpec, dtype: torch.dtype, emulated: EmulatedOps) -> None:
+    check_samples(spec, dtype, emulated)
+
+
+def test_samples_reach_every_line_of_the_kernels(checked: EmulatedOps) -> None:
+    for spec in SPECS:
+        for dtype in spec.dtypes:
+            check_samples(spec, dtype, checked)
+    for path in KERNELS:
+        lines, reached = checked.emulator.lines(path)
+        assert len(reached) >= 0.95 * len(lines) > 10, (path.parent.name, sorted(lines - reached))
 
 
 def test_a_fault_in_a_kernel_is_an_error_that_names_it(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import shlex
 import subprocess
 import tempfile
@@ -51,10 +52,11 @@ FLAGS = (
     f"-I{ROOT / 'csrc'}",
 )
 PLAIN = "-O2"
-# -O1 and no more: the more a compiler merges accesses, the fewer there are to check.
+# No optimisation: what a compiler merges, nobody can check, and lines that ran are told exactly.
 INSTRUMENTED = (
-    "-O1",
+    "-O0",
     "-fsanitize=thread,alignment,bounds,shift-exponent",
+    "-fsanitize-coverage=trace-pc",
     "-fno-threadsafe-statics",  # their guards are atomics of the C++ memory model
     "-include",
     str(HERE / "instrumented.h"),
@@ -136,8 +138,7 @@ def made(key: str, suffix: str, command: Callable[[str], Sequence[str]], what: s
 
 
 def compiled(unit: Unit) -> Path:
-    source = unit.source.read_text("utf-8")
-    key = f"{everything_included()} {unit.source.name} {unit.flags} {source}"
+    key = f"{everything_included()} {unit} {unit.source.read_text('utf-8')}"
     command = [*compiler(), *unit.flags, "-x", "c++", "-c", str(unit.source)]
     return made(key, ".o", lambda output: [*command, "-o", output], f"compiling {unit.source.name}")
 
@@ -186,10 +187,33 @@ def library(
     )
 
 
+@functools.cache
+def block_starts(path: Path) -> dict[int, tuple[str, int]]:
+    """File and line of every basic block, by the address the coverage hook returns to."""
+    listing = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", path], check=True, capture_output=True, text=True
+    ).stdout
+    calls = re.findall(r"<__sanitizer_cov_trace_pc(?:@plt)?>\n +([0-9a-f]+):", listing)
+    found = subprocess.run(
+        ["addr2line", "-e", path],
+        input="\n".join(f"{int(at, 16) - 1:x}" for at in calls),
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    lines = re.findall(r"^(.+):(\d+|\?)", found, re.MULTILINE)
+    return {
+        int(at, 16): (name, int(line))
+        for at, (name, line) in zip(calls, lines, strict=True)
+        if line.isdigit()
+    }
+
+
 class Emulator:
     """A loaded library: its options, and its functions if they are called through ctypes."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._library = ctypes.CDLL(str(path))
 
     def set_seed(self, seed: int) -> None:
@@ -220,6 +244,24 @@ class Emulator:
     def forget_buffers(self) -> None:
         """Forget all memory that kernels may access."""
         self._library.cuda_emulator_forget_buffers()
+
+    def lines(self, source: Path) -> tuple[set[int], set[int]]:
+        """Lines of a kernel file at which a basic block starts, and those of them that have run.
+
+        Only the checked flavour knows. Lines that only close a brace are left out.
+        """
+        size = ctypes.c_size_t()
+        self._library.cuda_emulator_reached.restype = ctypes.c_void_p
+        address = self._library.cuda_emulator_reached(ctypes.byref(size))
+        reached = ctypes.string_at(address, size.value)
+        text = source.read_text("utf-8").splitlines()
+        counted = {i for i, line in enumerate(text, 1) if not line.lstrip().startswith("}")}
+        blocks = [
+            (line, bool(reached[at]))
+            for at, (name, line) in block_starts(self._path).items()
+            if name == str(source) and line in counted
+        ]
+        return {line for line, _ in blocks}, {line for line, was in blocks if was}
 
     def call(self, name: str, *args: Any) -> None:
         """Call a function that returns ``cuda_emulator::message_of(...)``.

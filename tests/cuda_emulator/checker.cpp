@@ -1,5 +1,6 @@
 #include "checker.h"
 
+#include <dlfcn.h>
 #include <link.h>
 
 #include <algorithm>
@@ -177,29 +178,14 @@ void note_read(Byte& byte, const Stamp& stamp) {
 
 // File and line of an instruction, if the image has debug information and addr2line is there.
 std::string location(const void* program_counter) {
-  struct Image {
-    const char *address, *base, *file;
-  } image{static_cast<const char*>(program_counter), nullptr, nullptr};
-  dl_iterate_phdr(
-      [](dl_phdr_info* info, size_t, void* data) {
-        auto* const image = static_cast<Image*>(data);
-        const char* const base = reinterpret_cast<const char*>(info->dlpi_addr);
-        for (int i = 0; i < info->dlpi_phnum; ++i) {
-          const char* const begin = base + info->dlpi_phdr[i].p_vaddr;
-          if (image->address < begin || image->address >= begin + info->dlpi_phdr[i].p_memsz)
-            continue;
-          image->base = base;
-          image->file = info->dlpi_name;
-          return 1;
-        }
-        return 0;
-      },
-      &image);
-  if (!image.file) return "?";
+  Dl_info image{};
+  if (!dladdr(program_counter, &image)) return "?";
   char text[512];
   // A return address: the call lies just before it.
-  const auto offset = static_cast<unsigned long>(image.address - image.base - 1);
-  std::snprintf(text, sizeof(text), "addr2line -s -e '%s' 0x%lx 2>/dev/null", image.file, offset);
+  const auto offset = static_cast<unsigned long>(static_cast<const char*>(program_counter) -
+                                                 static_cast<const char*>(image.dli_fbase) - 1);
+  std::snprintf(text, sizeof(text), "addr2line -s -e '%s' 0x%lx 2>/dev/null", image.dli_fname,
+                offset);
   std::string line;
   if (FILE* const pipe = popen(text, "r")) {
     if (std::fgets(text, sizeof(text), pipe)) line = text;

@@ -4,12 +4,20 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "checker.h"
 #include "launch.h"
 
+// The linker's names for where this library begins and where its code ends.
+extern "C" __attribute__((visibility("hidden"))) const unsigned char __ehdr_start[], etext[];
+
 namespace cuda_emulator {
 namespace {
+
+// Of each address that code has come back to from __sanitizer_cov_trace_pc(), which is called at
+// the start of every basic block: whether it has.
+std::vector<unsigned char> reached(static_cast<size_t>(etext - __ehdr_start));
 
 [[maybe_unused]] const bool turned_on = checker::enabled = true;
 
@@ -33,6 +41,15 @@ using cuda_emulator::checker::Access;
   void __tsan_volatile_write##n(void* p) { check(p, n, Access::Write, HERE); }
 
 extern "C" {
+
+void __sanitizer_cov_trace_pc() {
+  const auto at = static_cast<size_t>(static_cast<const unsigned char*>(HERE) - __ehdr_start);
+  if (at < cuda_emulator::reached.size()) cuda_emulator::reached[at] = 1;
+}
+const unsigned char* cuda_emulator_reached(size_t* bytes) {
+  *bytes = cuda_emulator::reached.size();
+  return cuda_emulator::reached.data();
+}
 
 ACCESSES(1)
 ACCESSES(2)
