@@ -370,3 +370,19 @@ extern "C" const char* run(int n, int* out) {
     for n, ran in ((0, {6}), (9, {4, 6})):
         call(emulator, "run", n, out)
         assert emulator.lines(source)[1] & {4, 6} == ran
+
+
+def counted(emulator: Emulator, run: Run) -> list[int]:
+    before = emulator.counters()
+    run(emulator, Bug.NONE)
+    return [b - a for a, b in zip(before, emulator.counters(), strict=True)]
+
+
+def test_bytes_and_matrix_products_are_counted(checked: Emulator) -> None:
+    # Each of 5 blocks adds its part to the sum by an atomic.
+    assert counted(checked, run_sum) == [3000 * 4 + 5 * 4, 5 * 4, 0]
+    # Every tile of 32 x 32 fetches what lies within the matrices, and takes 16 products a
+    # stage of 32.
+    rows, cols, depth = 50, 40, 104
+    read = (rows * 2 + cols * 2) * depth * 2
+    assert counted(checked, run_matmul) == [read, rows * cols * 4, 2 * 2 * 4 * 16]

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -76,6 +76,20 @@ class Accumulation(IntEnum):
     EXACT = 0
     SEQUENTIAL = 1
     TRUNCATING = 2
+
+
+class Counters(NamedTuple):
+    """What kernels did; atomics both read and write.
+
+    Attributes:
+        read: bytes of global memory; the checked flavour counts them.
+        written: the same.
+        products: ``mma.sync.m16n8k16`` of a warp.
+    """
+
+    read: int
+    written: int
+    products: int
 
 
 @dataclass(frozen=True)
@@ -244,6 +258,12 @@ class Emulator:
     def forget_buffers(self) -> None:
         """Forget all memory that kernels may access."""
         self._library.cuda_emulator_forget_buffers()
+
+    def counters(self) -> Counters:
+        """What was counted since the library was loaded."""
+        counters = (ctypes.c_uint64 * 3)()
+        self._library.cuda_emulator_counters(counters)
+        return Counters(*counters)
 
     def lines(self, source: Path) -> tuple[set[int], set[int]]:
         """Lines of a kernel file at which a basic block starts, and those of them that have run.

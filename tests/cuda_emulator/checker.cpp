@@ -388,6 +388,10 @@ void access(const void* address, size_t bytes, Access kind, const void* program_
   auto* const region = find(begin);
   if (!region || begin + bytes > region->first + region->second.bytes)
     return out_of_bounds(begin, bytes, kind, program_counter);
+  if (!region->second.shared_name) {
+    if (kind != Access::Write) bytes_read += bytes;
+    if (kind != Access::Read) bytes_written += bytes;
+  }
   const Stamp stamp = now(program_counter, kind == Access::Atomic);
   if (kind == Access::Atomic && !region->second.shared_name) synchronise(begin, stamp);
   Byte* const shadow = &region->second.shadow[static_cast<size_t>(begin - region->first)];

@@ -11,6 +11,9 @@ namespace cuda_emulator::checker {
 
 inline bool enabled = false;
 
+// Bytes of global memory that kernels accessed.
+inline uint64_t bytes_read = 0, bytes_written = 0;
+
 enum class Access { Read, Write, Atomic };
 
 // Global memory that kernels may touch. Memory that is added again keeps what is known of it

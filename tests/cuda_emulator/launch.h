@@ -24,6 +24,7 @@ void set_arrival(Arrival when);
 // exactly, in double; one fused multiply-add after the other; or as an A100 was seen doing.
 enum class Accumulation { Exact, Sequential, Truncating };
 void set_accumulation(Accumulation how);
+uint64_t matrix_products();  // by whole warps, since the library was loaded
 // The copies that threads of the last block left on their way.
 void forget_copies();
 

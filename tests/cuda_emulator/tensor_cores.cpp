@@ -29,6 +29,7 @@ struct Copies {
 std::vector<Copies> copies(kMaxThreads);  // by thread of the block
 Arrival arrival = Arrival::Late;
 Accumulation accumulation = Accumulation::Exact;
+uint64_t products = 0;
 
 void move(const Copy& copy) {
   auto* const to = static_cast<char*>(copy.to);
@@ -96,6 +97,7 @@ float dot(const float* a, const float* b, float c) {
 
 void exchange_fragments(WarpCall* const* calls, uint32_t mask) {
   if (mask != kFullMask) fail("mma.sync.aligned in a warp of fewer than 32 threads");
+  ++products;
   float a[kRows][kDepth], b[kCols][kDepth], d[kRows][kCols];
   const auto of = [&](int lane) -> const Fragments& {
     return *static_cast<const Fragments*>(calls[lane]->data);
@@ -146,6 +148,7 @@ void exchange_rows(WarpCall* const* calls, uint32_t mask) {
 
 void set_arrival(Arrival when) { arrival = when; }
 void set_accumulation(Accumulation how) { accumulation = how; }
+uint64_t matrix_products() { return products; }
 void forget_copies() {
   for (Copies& c : copies) {
     c.open.clear();
