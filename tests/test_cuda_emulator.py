@@ -93,8 +93,10 @@ def run_sum(emulator: Emulator, bug: Bug) -> None:
 def run_ordered_sum(emulator: Emulator, bug: Bug) -> None:
     x, parts, result = whole_numbers(3000), torch.full((7,), torch.nan), torch.full((1,), torch.nan)
     ticket = torch.zeros(1, dtype=torch.int32)
+    expected = x.sum()[None]
     call(emulator, "ordered_sum", bug, x, len(x), parts, ticket, result, 7)
-    expect(result, x.sum()[None])
+    expect(result, expected)
+    expect(x, torch.zeros_like(x))
     expect(ticket, torch.zeros_like(ticket))
 
 

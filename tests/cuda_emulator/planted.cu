@@ -72,9 +72,10 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(Bug bug, const float* x, 
     atomicAdd(sum, s);
 }
 
-// The same, always in one order: the last block adds up what all have left.
+// The same, always in one order: the last block adds up what all have left. It also clears what all
+// of them have read, as a kernel does that leaves its workspace ready for the next launch.
 __global__ void __launch_bounds__(kThreads)
-    ordered_sum_kernel(Bug bug, const float* x, int n, float* parts, unsigned* ticket, float* sum) {
+    ordered_sum_kernel(Bug bug, float* x, int n, float* parts, unsigned* ticket, float* sum) {
   SECATEUR_SHARED(bool, is_last, 1);
   float s = 0;
   for (int i = blockIdx.x * kThreads + threadIdx.x; i < n; i += gridDim.x * kThreads) s += x[i];
@@ -92,6 +93,7 @@ __global__ void __launch_bounds__(kThreads)
     *sum = s;
     *ticket = 0;
   }
+  for (int i = threadIdx.x; i < n; i += kThreads) x[i] = 0;
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -297,8 +299,8 @@ const char* sum(Bug bug, const float* x, int n, float* result, int blocks) {
       [&] { SECATEUR_LAUNCH(sum_kernel, blocks, kThreads, 0, nullptr, bug, x, n, result); });
 }
 
-const char* ordered_sum(Bug bug, const float* x, int n, float* parts, unsigned* ticket,
-                        float* result, int blocks) {
+const char* ordered_sum(Bug bug, float* x, int n, float* parts, unsigned* ticket, float* result,
+                        int blocks) {
   return cuda_emulator::message_of([&] {
     SECATEUR_LAUNCH(ordered_sum_kernel, blocks, kThreads, 0, nullptr, bug, x, n, parts, ticket,
                     result);
