@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc cmake python -type f ! -name '*.pyc') CMakeLists.txt pyproject.toml README.md
 
-.PHONY: help demo test mnist bench cuda-resources lint format clean
+.PHONY: help demo test mnist bench cuda cuda-resources lint format clean
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
@@ -29,6 +29,9 @@ bench: $(VENV)/.peers  ## measure kernels and training against torch, quickly; t
 	$(BIN)/python -m bench.block_sparse --quick --csv build/block_sparse.csv
 	$(BIN)/python -m bench.training --quick --csv build/training.csv
 	$(BIN)/python -m bench.optimizers --csv build/optimizers.csv
+
+cuda: $(VENV)/.package  ## test the CUDA kernels without a GPU: emulator, cubins (part of make test)
+	$(BIN)/python -m pytest tests/test_cuda_emulator.py tests/test_cuda_ops.py tests/test_cuda_build.py
 
 cuda-resources: $(VENV)/.package  ## write docs/cuda-resources.md, from the library that nvcc made
 	$(BIN)/python tests/test_cuda_build.py
