@@ -283,7 +283,7 @@ def main() -> None:
     parser.add_argument("--shape", type=int, nargs=2, metavar=("N", "K"), action="append")
     parser.add_argument("--blocks", type=int, nargs="+", choices=BLOCKS, default=BLOCKS)
     parser.add_argument("--dtype", choices=DTYPES)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=harness.positive, default=torch.get_num_threads())
     harness.output_arguments(parser)
     args = parser.parse_args()
     shapes = [tuple(shape) for shape in args.shape or SHAPES]

@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer shapes")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--blocks", type=int, nargs="+", default=[1, 8, 16, 32, 64, 128])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=harness.positive, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
     harness.output_arguments(parser)
     args = parser.parse_args()

@@ -180,8 +180,28 @@ def _version(name: str) -> str:
 
 def output_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that :func:`save` reads."""
-    parser.add_argument("--csv", type=Path, help="write the rows here, e.g. under bench/results")
-    parser.add_argument("--json", type=Path, help="write environment and rows here")
+    parser.add_argument(
+        "--csv", type=writable, help="write the rows here, e.g. under bench/results"
+    )
+    parser.add_argument("--json", type=writable, help="write environment and rows here")
+
+
+def writable(text: str) -> Path:
+    """A path for results, refused before anything is measured where it cannot be written."""
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"expected a file to write, got {error}") from error
+    return path
+
+
+def positive(text: str) -> int:
+    """A number of threads."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return int(text)
 
 
 def save(rows: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> None:
@@ -195,7 +215,6 @@ def save(rows: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> None:
 def save_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Rows, with the environment in every line."""
     lines = [{**row, **environment()} for row in rows]
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(lines[0]))
         writer.writeheader()
@@ -204,5 +223,4 @@ def save_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def save_json(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """``{"environment": ..., "rows": [...]}``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1))

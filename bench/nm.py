@@ -95,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="2 M elements, short timings")
     parser.add_argument("--size", type=int, default=4096, help="rows and, about, columns")
-    parser.add_argument("--threads", type=int, help="default: torch's")
+    parser.add_argument("--threads", type=harness.positive, help="default: torch's")
     harness.output_arguments(parser)
     args = parser.parse_args()
     size, seconds = (1448, 1.0) if args.quick else (args.size, 8.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ BASE = {
     "pattern": PATTERNS[0],
 }
 DENSITY = [str(density) for density in DENSITIES]
+CASE = ("pass", "dtype", "rows", "shape", "block", "density", "pattern")
 PEERS_OF = {
     "fwd": ("dense", "bsr", "scipy", "sparselab"),
     "fwd+bwd": ("dense", "masked", "sparselab"),
@@ -116,6 +118,16 @@ def tables(rows: Sequence[Row]) -> str:
             f"{name}, density {SPARSE}: times as fast as each peer",
             pivot(found, "peer", peers, lambda r: times(r, r["peer"])),
         )
+    lost = [
+        f"| {peer} | {' | '.join(row[key] for key in CASE)} | {times(row, peer)} |"
+        for peer in dict.fromkeys(name for names in PEERS_OF.values() for name in names)
+        if peer != "dense"
+        for row in rows
+        if row[f"x {peer}"] and float(row[f"x {peer}"]) < 1
+    ]
+    head = f"| peer | {' | '.join(CASE)} | times as fast |"
+    parts.append("### Every case that loses to another peer than dense torch")
+    parts.append("\n".join([head, "| --- " * (len(CASE) + 2) + "|", *lost]) if lost else "None.")
     return "\n\n".join(parts)
 
 
@@ -167,6 +179,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     with RESULTS.open(newline="") as file:
         rows = list(csv.DictReader(file))
     README.write_text(rewritten(README.read_text("utf-8"), tables(rows)), "utf-8")

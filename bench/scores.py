@@ -80,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="1024 x 2048, short timings")
     parser.add_argument("--shape", type=int, nargs=2, default=(4096, 4096), metavar=("N", "K"))
-    parser.add_argument("--threads", type=int, help="default: torch's")
+    parser.add_argument("--threads", type=harness.positive, help="default: torch's")
     harness.output_arguments(parser)
     args = parser.parse_args()
     shape, seconds = ((1024, 2048), 1.0) if args.quick else (tuple(args.shape), 4.0)

@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="2 M scores, short timings")
     parser.add_argument("--numel", type=int, default=16_000_000, help="scores in all")
     parser.add_argument("--tensors", type=int, default=50, help="in how many tensors")
-    parser.add_argument("--threads", type=int, help="default: torch's")
+    parser.add_argument("--threads", type=harness.positive, help="default: torch's")
     parser.add_argument(
         "--alone", action="store_true", help="no peers; says how much memory it took"
     )

@@ -348,7 +348,7 @@ def shown(row: Mapping[str, Any]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer pairs: wider intervals")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=harness.positive, default=torch.get_num_threads())
     harness.output_arguments(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -113,8 +113,10 @@ def cost(
         Seconds, dense and sparse, each without bias.
 
     Raises:
-        TypeError: a number is no number, or ``dtype`` none that the kernels have.
+        TypeError: a number is no number, ``dtype`` none that the kernels have, or ``direction`` no
+            str nor several.
         ValueError: a size below 1, a density outside [0, 1], another direction, or a damaged table.
+        OSError: the cache directory cannot be written.
 
     Example:
         >>> secateur.cost(4096, 1024, 2048, block=32, density=0.1).speedup
@@ -129,9 +131,15 @@ def cost(
         raise TypeError(f"expected density to be a number, got {density!r}")
     if not 0 <= density <= 1:
         raise ValueError(f"expected density to be in [0, 1], got {density}")
-    directions = (direction,) if isinstance(direction, str) else tuple(direction)
-    if not directions or not set(directions) <= set(DIRECTIONS):
-        raise ValueError(f"expected direction to be among {DIRECTIONS}, got {direction!r}")
+    directions = (direction,) if isinstance(direction, str) else direction
+    if not isinstance(directions, Sequence):
+        raise TypeError(f"expected direction to be a str or several, got {direction!r}")
+    if not directions or any(
+        each not in DIRECTIONS or each in directions[:i] for i, each in enumerate(directions)
+    ):
+        raise ValueError(
+            f"expected direction to be among {DIRECTIONS}, each once, got {direction!r}"
+        )
     if dtype not in FLOATS:
         raise TypeError(f"expected dtype to be one of {', '.join(map(str, FLOATS))}, got {dtype!r}")
     if {"dx", "dw"} <= set(directions):
@@ -200,6 +208,7 @@ class CostTable:
         """
         name = _name(block, dtype)
         if name not in self.timings:
+            _check_writable(self.path)  # before a minute of measuring is lost
             dense, sparse = _measure(block or (32, 32), dtype)
             self.timings.setdefault(_name(None, dtype), dense)
             self.timings[_name(block or (32, 32), dtype)] = sparse
@@ -442,7 +451,8 @@ def _cache_directory() -> Path:
 def _read(path: Path) -> dict[str, dict[str, list[float]]]:
     try:
         timings: dict[str, dict[str, list[float]]] = json.loads(path.read_bytes())["timings"]
-        for by_direction in timings.values():
+        for name, by_direction in timings.items():
+            _parsed(name)
             if set(by_direction) != set(_TIMED) or any(
                 len(seconds) != len(_POINTS) or not all(s > 0 for s in seconds)
                 for seconds in by_direction.values()
@@ -456,9 +466,25 @@ def _read(path: Path) -> dict[str, dict[str, list[float]]]:
     return timings
 
 
+def _check_writable(path: Path) -> None:
+    temporary = _temporary(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise OSError(
+            "expected a directory that can be written for the timings of secateur.cost, got "
+            f"{path.parent}: {error}; XDG_CACHE_HOME names another one"
+        ) from error
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_suffix(f".{os.getpid()}.tmp")
+
+
 def _write(path: Path, timings: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary = _temporary(path)
     temporary.write_text(
         json.dumps({"machine": _machine(), "points": _POINTS, "timings": timings}, indent=1),
         encoding="utf-8",
