@@ -181,6 +181,7 @@ def _masks(device: torch.device) -> Iterator[Tensor]:
     for shape in _SHAPES:
         yield torch.rand(shape, generator=generator, device=device) < 0.5
     yield (torch.rand(6, 10, generator=generator, device=device) < 0.5).t()
+    yield (torch.rand(200, generator=generator, device=device) < 0.5)[1:]  # not aligned
 
 
 def _pack_samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
@@ -217,6 +218,14 @@ def _mask_samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
     some = torch.ones(300, dtype=torch.bool, device=device)
     some[[7, 100, 290]] = False
     yield Sample("masked already", (masked, [pack_mask_reference(some)] * 3))
+    # More than a CUDA kernel takes in one launch, of any layout.
+    many = [torch.randn(2, 5, generator=generator, device=device).to(dtype) for _ in range(130)]
+    many += [
+        torch.randn(5, 4, generator=generator, device=device).to(dtype)[:, ::2].t()
+        for _ in range(30)
+    ]
+    keep = torch.rand(len(many), 10, generator=generator, device=device) < 0.5
+    yield Sample("many", (many, [pack_mask_reference(row) for row in keep]))
 
 
 SPECS = (
