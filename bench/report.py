@@ -86,28 +86,29 @@ def tables(rows: Sequence[Row]) -> str:
             f"{name}, {dtype}, {ROWS[0]} rows: times dense torch (share of peak), by density",
             pivot(found, "density", DENSITY, with_peak),
         )
+    sparse = f"{BASE['dtype']}, density {SPARSE}"
     batches = [str(m) for m in sorted(ROWS)]
     for name in ("fwd", "fwd+bwd"):
         found = [r for m in batches for r in at({"pass": name, "rows": m})]
-        add(f"{name}, density {SPARSE}: times dense torch, by rows", pivot(found, "rows", batches))
+        add(f"{name}, {sparse}: times dense torch, by rows", pivot(found, "rows", batches))
     shapes = [f"{n}x{k}" for n, k in SHAPES]
     found = [r for shape in shapes for r in at({"pass": "fwd+bwd", "shape": shape})]
     add(
-        f"fwd+bwd, density {SPARSE}, {ROWS[0]} rows: times dense torch, by shape",
+        f"fwd+bwd, {sparse}, {ROWS[0]} rows: times dense torch, by shape",
         pivot(found, "shape", shapes),
     )
     found = [r for pattern in PATTERNS for r in at({"pass": "fwd+bwd", "pattern": pattern})]
     add(
-        f"fwd+bwd, density {SPARSE}: GFLOP/s on uniform and on skewed rows of blocks",
+        f"fwd+bwd, {sparse}: GFLOP/s on uniform and on skewed rows of blocks",
         pivot(found, "pattern", PATTERNS, lambda r: f"{float(r['GFLOP/s']):.0f}"),
     )
     found = [r for name in PASSES for r in at({"pass": name})]
     add(
-        f"density {SPARSE}: milliseconds of each pass",
+        f"{sparse}: milliseconds of each pass",
         pivot(found, "pass", PASSES, lambda r: f"{float(r['ours ms']):.2f}"),
     )
     add(
-        f"density {SPARSE}: largest error, over that of dense torch",
+        f"{sparse}: largest error, over that of dense torch",
         pivot(
             found, "pass", PASSES, lambda r: f"{float(r['error']) / float(r['dense error']):.1f}"
         ),
@@ -115,7 +116,7 @@ def tables(rows: Sequence[Row]) -> str:
     for name, peers in PEERS_OF.items():
         found = [{**r, "peer": peer} for peer in peers for r in at({"pass": name})]
         add(
-            f"{name}, density {SPARSE}: times as fast as each peer",
+            f"{name}, {sparse}: times as fast as each peer",
             pivot(found, "peer", peers, lambda r: times(r, r["peer"])),
         )
     lost = [

@@ -174,6 +174,41 @@ def test_report_rewrites_what_is_between_its_markers_only() -> None:
         report.rewritten(text.replace(report.END, ""), "new")
 
 
+def test_report_lists_what_loses_to_a_peer() -> None:
+    with report.RESULTS.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    losing = rows[-1] | {"rows": "77", "x bsr": "0.5", "x scipy": "1.5"}
+    lines = report.tables([*rows, losing]).splitlines()
+    assert [line for line in lines if "| 77 |" in line] == [
+        f"| bsr | {losing['pass']} | {losing['dtype']} | 77 | {losing['shape']} | "
+        f"{losing['block']} | {losing['density']} | {losing['pattern']} | **0.50 ▼** |"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--threads", "0"], "expected a number of at least 1, got '0'"),
+        (["--threads", "two"], "expected a number of at least 1, got 'two'"),
+        (["--csv", "{tmp}/file/rows.csv"], "expected a file to write, got"),
+        (["--json", "{tmp}"], "expected a file to write, got"),
+    ],
+)
+def test_wrong_options_are_refused_before_measuring(
+    wrong: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["topk", *(text.format(tmp=tmp_path) for text in wrong)])
+    monkeypatch.setattr(harness, "measure", pytest.fail)
+    with pytest.raises(SystemExit, match="2"):
+        topk.main()
+    assert message in capsys.readouterr().err
+
+
 def test_report_marks_what_loses() -> None:
     assert report.times({"x dense": "0.87"}) == "**0.87 ▼**"
     assert report.times({"x dense": "1.5"}) == "1.50"

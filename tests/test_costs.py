@@ -97,7 +97,20 @@ def test_a_table_is_rebuilt_and_inspected(measured: list[str]) -> None:
     assert measured == ["32x32/float32"] * 2
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"timings": {"dense/float32": {"forward": [1]}}}'])
+def test_a_cache_that_cannot_be_written_is_refused_before_measuring(
+    measured: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(OSError, match=r"expected a directory that can be written .* got .*file"):
+        secateur.cost(512, 512, 64, **LAYER)
+    assert not measured
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{}", '{"timings": {"dense/float32": {"forward": [1]}}}', '{"timings": {"other": {}}}'],
+)
 def test_a_damaged_table_is_refused(measured: list[str], content: str) -> None:
     secateur.cost(512, 512, 64, **LAYER)
     secateur.cost_table().path.write_text(content)
@@ -117,6 +130,9 @@ def test_a_damaged_table_is_refused(measured: list[str], content: str) -> None:
         ({"density": "0.1"}, TypeError, "expected density to be a number, got '0.1'"),
         ({"direction": "backward"}, ValueError, "expected direction to be among .* 'backward'"),
         ({"direction": ()}, ValueError, "expected direction to be among"),
+        ({"direction": ("dx", "dx")}, ValueError, "each once, got .'dx', 'dx'"),
+        ({"direction": [["dx"]]}, ValueError, "expected direction to be among"),
+        ({"direction": None}, TypeError, "expected direction to be a str or several, got None"),
         ({"dtype": torch.int8}, TypeError, "expected dtype to be one of .*, got torch.int8"),
         ({"block": 0}, ValueError, "block"),
     ],

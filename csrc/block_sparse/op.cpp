@@ -101,15 +101,15 @@ Call call_of(const Args& args, const Tensor& like, std::initializer_list<int64_t
   return call;
 }
 
-// Parts are whole panels of `lanes` rows, but for the last one.
-Args part_of(const Args& args, int64_t index, int64_t parts, int64_t lanes, int64_t itemsize) {
-  const int64_t panels = ceil_div(args.batch, lanes);
-  const int64_t m = index * panels / parts * lanes;
+// Parts are whole panels of so many rows, but for the last one.
+Args part_of(const Args& args, int64_t index, int64_t parts, int64_t panel, int64_t itemsize) {
+  const int64_t panels = ceil_div(args.batch, panel);
+  const int64_t m = index * panels / parts * panel;
   const auto at_row = [&](const void* data, int64_t stride) {
     return static_cast<const char*>(data) + m * stride * itemsize;
   };
   Args part = args;
-  part.batch = std::min((index + 1) * panels / parts * lanes, args.batch) - m;
+  part.batch = std::min((index + 1) * panels / parts * panel, args.batch) - m;
   part.x = at_row(args.x, args.x_stride);
   part.dy = at_row(args.dy, args.dy_stride);
   if (args.out)
@@ -210,14 +210,15 @@ void launch(std::vector<Call> calls) {
   const int64_t steps = std::max<int64_t>(1, batch / (halves * kRowsAtOnce));
   const int64_t threads = torch::stable::get_num_threads();
   const bool copy_values = threads > 1;
-  int64_t lanes = 1;
+  int64_t panel = 1;  // rows
   for (const Call& call : calls)
-    lanes = std::max(lanes, SECATEUR_FOR_ISA(make_plan)(call.args).panel);
+    panel = std::max(panel, SECATEUR_FOR_ISA(make_plan)(call.args).panel);
+  const int64_t panels = ceil_div(batch, panel);
   std::vector<Halves> all;
   std::vector<bool> shared;
   for (const Call& call : calls) {
     Args whole = call.args, largest = call.args;
-    largest.batch = std::min(batch, ceil_div(ceil_div(batch, lanes), halves * steps) * lanes);
+    largest.batch = std::min(batch, ceil_div(panels, halves * steps) * panel);
     whole.plan = SECATEUR_FOR_ISA(make_plan)(largest);
     shared.push_back(!all.empty() && same_packed_dy(all[0][0].plan, whole.plan));
     all.emplace_back(halves, whole);
@@ -230,7 +231,7 @@ void launch(std::vector<Call> calls) {
         Halves parts(all[c].begin() + first, all[c].begin() + last);
         for (int64_t h = first; h < last; ++h) {
           Args& part = parts[h - first];
-          part = part_of(part, h * steps + step, halves * steps, lanes, itemsize);
+          part = part_of(part, h * steps + step, halves * steps, panel, itemsize);
           part.first_part = step == 0;
         }
         run_stage(parts, &Plan::pack_x, SECATEUR_FOR_ISA(pack_x));
@@ -243,7 +244,6 @@ void launch(std::vector<Call> calls) {
     }
   };
   // A thread that has a half to itself meets the others only at the end.
-  const int64_t panels = ceil_div(batch, lanes);
   const bool alike = panels % halves == 0 || panels >= 8 * halves;
   if (threads == halves && alike)
     torch::stable::parallel_for(0, halves, 1, multiply);

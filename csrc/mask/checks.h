@@ -43,7 +43,8 @@ inline void check_targets(const std::vector<Tensor>& tensors, const std::vector<
     check_bits("mask_", bits[i], tensors[i].numel());
     STD_TORCH_CHECK(
         tensors[i].device() == tensors[0].device() && bits[i].device() == tensors[0].device(),
-        "mask_: expected all tensors and bits to be on one device");
+        "mask_: expected all tensors and bits to be on one device, got tensors[", i,
+        "] or its bits on another one than tensors[0]");
   }
 }
 

@@ -4,24 +4,14 @@
 // that is contiguous and aligned moves by 16 bytes, four loads of every thread in flight; what is
 // alive as a whole is not read, and what is zero already is not written. Any other layout goes by
 // elements.
-#include <algorithm>
-
-#include "common/cuda.cuh"
+#include "common/kernels.cuh"
 #include "mask/mask.h"
 
 namespace secateur::mask::CUDA {
 namespace {
 
-constexpr int kThreads = 256;
-// Some rounds on every multiprocessor; beyond, blocks loop, and report less often what they found.
-constexpr int64_t kMaxBlocks = 4096;
 constexpr int kUnroll = 4;
 constexpr int64_t kTile = kThreads * kUnroll;  // elements, or vectors of 16 bytes
-constexpr int kVectorBytes = 16;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-unsigned grid(int64_t tiles) { return static_cast<unsigned>(std::min(tiles, kMaxBlocks)); }
-bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0; }
 
 // Eight bools, each 0 or 1, to the bits of one byte: the product moves byte i's low bit to bit
 // 56 + i.
@@ -35,11 +25,11 @@ __device__ uint32_t spread_bits(uint32_t bits) { return (bits & 15u) * 0x0020408
 // A thread makes two bytes of the mask at a time.
 __global__ void __launch_bounds__(kThreads)
     pack_kernel(const uint8_t* bools, int64_t numel, uint8_t* bits, bool vectors) {
-  const int64_t step = int64_t{gridDim.x} * kThreads * kVectorBytes;
-  int64_t i = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kVectorBytes;
+  const int64_t step = int64_t{gridDim.x} * kThreads * kLoadBytes;
+  int64_t i = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kLoadBytes;
   for (; i < numel; i += step) {
     uint64_t low = 0, high = 0;
-    if (vectors && i + kVectorBytes <= numel) {
+    if (vectors && i + kLoadBytes <= numel) {
       const uint4 v = *reinterpret_cast<const uint4*>(bools + i);
       low = uint64_t{v.y} << 32 | v.x;
       high = uint64_t{v.w} << 32 | v.z;
@@ -56,12 +46,12 @@ __global__ void __launch_bounds__(kThreads)
 
 __global__ void __launch_bounds__(kThreads)
     unpack_kernel(const uint8_t* bits, int64_t numel, uint8_t* bools) {
-  const int64_t step = int64_t{gridDim.x} * kThreads * kVectorBytes;
-  int64_t i = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kVectorBytes;
+  const int64_t step = int64_t{gridDim.x} * kThreads * kLoadBytes;
+  int64_t i = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kLoadBytes;
   for (; i < numel; i += step) {
     const uint32_t low = bits[i / 8];
     const uint32_t high = i + 8 < numel ? bits[i / 8 + 1] : 0;
-    if (i + kVectorBytes <= numel) {
+    if (i + kLoadBytes <= numel) {
       *reinterpret_cast<uint4*>(bools + i) = {spread_bits(low), spread_bits(low >> 4),
                                               spread_bits(high), spread_bits(high >> 4)};
     } else {
@@ -125,7 +115,7 @@ __device__ uint4 kept(uint4 v, uint32_t bits) {
 // all bits clear in every dtype.
 template <typename T>
 __device__ bool apply_vectors(const Flat& t, int64_t tile) {
-  constexpr int n = kVectorBytes / sizeof(T);
+  constexpr int n = kLoadBytes / sizeof(T);
   constexpr uint32_t all = (1u << n) - 1;
   uint4* const data = static_cast<uint4*>(t.data);
   const int64_t whole = t.numel / n;
@@ -190,10 +180,9 @@ __device__ int find(const Table<Entry>& table, int64_t tile) {
   return low;
 }
 
-// Called by all threads of a block. Atomic, since other blocks report for the same tensor, and for
-// others whose flags lie in the same word.
-__device__ void report(uint32_t* flags, int flag, bool found) {
-  if (__syncthreads_or(found) && threadIdx.x == 0) atomicOr(flags + flag / 4, 1u << flag % 4 * 8);
+// Called by all threads of a block. Four flags lie in a word.
+__device__ void report_flag(uint32_t* flags, int flag, bool found) {
+  report(flags + flag / 4, 1u << flag % 4 * 8, found);
 }
 
 template <typename Entry>
@@ -204,14 +193,14 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t tile = blockIdx.x; tile < table.tiles; tile += gridDim.x) {
     const int next = find(table, tile);
     if (next != current && current >= 0) {
-      report(table.flags, table.entries[current].flag, found);
+      report_flag(table.flags, table.entries[current].flag, found);
       found = false;
     }
     current = next;
     const Entry& entry = table.entries[current];
     found |= apply_tile(entry, tile - entry.first_tile);
   }
-  report(table.flags, table.entries[current].flag, found);
+  report_flag(table.flags, table.entries[current].flag, found);
 }
 
 // Collects tensors and launches as the table fills.
@@ -232,7 +221,7 @@ class Launcher {
 
   void launch() {
     if (table_.count == 0) return;
-    SECATEUR_LAUNCH(apply_kernel<Entry>, grid(table_.tiles), kThreads, 0, stream_, table_);
+    SECATEUR_LAUNCH(apply_kernel<Entry>, blocks_for(table_.tiles), kThreads, 0, stream_, table_);
     table_.tiles = table_.count = 0;
   }
 
@@ -248,13 +237,13 @@ int element_bytes(Dtype dtype) {
 }  // namespace
 
 int pack(const uint8_t* bools, int64_t numel, uint8_t* bits, void* stream) {
-  const unsigned blocks = grid(ceil_div(numel, kThreads * kVectorBytes));
+  const unsigned blocks = blocks_for(ceil_div(numel, kThreads * kLoadBytes));
   SECATEUR_LAUNCH(pack_kernel, blocks, kThreads, 0, stream, bools, numel, bits, aligned(bools));
   return cudaGetLastError();
 }
 
 int unpack(const uint8_t* bits, int64_t numel, uint8_t* bools, void* stream) {
-  const unsigned blocks = grid(ceil_div(numel, kThreads * kVectorBytes));
+  const unsigned blocks = blocks_for(ceil_div(numel, kThreads * kLoadBytes));
   SECATEUR_LAUNCH(unpack_kernel, blocks, kThreads, 0, stream, bits, numel, bools);
   return cudaGetLastError();
 }
@@ -267,8 +256,7 @@ int apply(const Target* targets, int64_t count, uint8_t* flags, void* stream) {
     if (numel == 0) continue;
     const int size = element_bytes(tensor.dtype);
     if (tensor.ndim == 1 && tensor.stride[0] == 1 && aligned(tensor.data))
-      flat.add({tensor.data, bits, numel, 0, size, i},
-               ceil_div(numel * size, kTile * kVectorBytes));
+      flat.add({tensor.data, bits, numel, 0, size, i}, ceil_div(numel * size, kTile * kLoadBytes));
     else
       strided.add({tensor, bits, numel, 0, i}, ceil_div(numel, kTile));
   }

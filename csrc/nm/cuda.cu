@@ -5,22 +5,17 @@
 // from its registers. All others: a block leaves the keys of a tile, and of what its groups reach
 // beyond it, in shared memory; neighbouring blocks judge a group that they share alike, and each
 // writes its own part.
-#include <algorithm>
 #include <limits>
 
-#include "common/cuda.cuh"
+#include "common/kernels.cuh"
 #include "common/score.h"
 #include "nm/nm.h"
 
 namespace secateur::nm::CUDA {
 namespace {
 
-constexpr int kThreads = 256;
-// Some rounds on every multiprocessor; beyond, blocks loop.
-constexpr int64_t kMaxBlocks = 4096;
 constexpr int kByte = 8;  // elements of one byte of the mask
 constexpr int kTile = 2048;
-constexpr int kVectorBytes = 16;
 
 // Worse than the key of any finite score.
 template <typename T>
@@ -52,7 +47,7 @@ __device__ void scores(const Args& a, const T (&w)[N], const T (&g)[N], T (&stat
 // Elements index..index + count of a contiguous input, count <= kByte; zero where it has none.
 template <typename S>
 __device__ void load(const View& t, int64_t index, int count, Compute<S> (&out)[kByte]) {
-  constexpr int n = kVectorBytes / sizeof(S);
+  constexpr int n = kLoadBytes / sizeof(S);
   const S* const from = static_cast<const S*>(t.data) + index;
   if (t.data && count == kByte) {
 #pragma unroll
@@ -88,11 +83,6 @@ __device__ uint32_t best(const K (&keys)[kByte], int64_t n) {
   return kept;
 }
 
-// Called by all threads of a block.
-__device__ void report(uint32_t* bad, bool found) {
-  if (__syncthreads_or(found) && threadIdx.x == 0) atomicOr(bad, 1u);
-}
-
 template <typename S>
 __global__ void __launch_bounds__(kThreads)
     aligned_kernel(const __grid_constant__ Args a, uint32_t* bad) {
@@ -117,7 +107,7 @@ __global__ void __launch_bounds__(kThreads)
                                      : best<1>(keys, a.n);
     a.mask[index / kByte] = static_cast<uint8_t>(kept & ((1u << count) - 1));
   }
-  report(bad, found);
+  report(bad, 1, found);
 }
 
 // Groups near a tile, by offsets from its first element.
@@ -198,22 +188,21 @@ __global__ void __launch_bounds__(kThreads)
     }
     __syncthreads();
   }
-  report(bad, found);
+  report(bad, 1, found);
 }
 
 bool vectors(const View& t) {
-  return !t.data || (t.ndim == 1 && t.stride[0] == 1 &&
-                     reinterpret_cast<uintptr_t>(t.data) % kVectorBytes == 0);
+  return !t.data || (t.ndim == 1 && t.stride[0] == 1 && aligned(t.data));
 }
 
 template <typename S>
 void run_typed(const Args& a, uint32_t* bad, void* stream) {
   const auto& [weight, grad, state, formula, params] = a.inputs;
-  const bool aligned =
+  const bool in_vectors =
       kByte % a.m == 0 && a.n_cols % a.m == 0 && vectors(weight) && vectors(grad) && vectors(state);
-  const int64_t tile = aligned ? kThreads * kByte : kTile;
-  const auto blocks = static_cast<unsigned>(std::min((a.numel + tile - 1) / tile, kMaxBlocks));
-  if (aligned)
+  const int64_t tile = in_vectors ? kThreads * kByte : kTile;
+  const unsigned blocks = blocks_for(ceil_div(a.numel, tile));
+  if (in_vectors)
     SECATEUR_LAUNCH(aligned_kernel<S>, blocks, kThreads, 0, stream, a, bad);
   else
     SECATEUR_LAUNCH(padded_kernel<S>, blocks, kThreads, 0, stream, a, bad);

@@ -28,6 +28,7 @@ void check(const void* address, size_t bytes, checker::Access kind, const void* 
 }  // namespace
 }  // namespace cuda_emulator
 
+using cuda_emulator::base_name;
 using cuda_emulator::check;
 using cuda_emulator::checker::Access;
 
@@ -102,11 +103,6 @@ struct ShiftOutOfBounds {
   SourceLocation location;
   const TypeDescriptor *left, *right;
 };
-
-static const char* base_name(const char* file) {
-  const char* const slash = std::strrchr(file, '/');
-  return slash ? slash + 1 : file;
-}
 
 void __ubsan_handle_type_mismatch_v1(TypeMismatch* data, uintptr_t pointer) {
   if (!cuda_emulator::in_kernel()) return;

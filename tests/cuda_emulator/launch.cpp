@@ -127,8 +127,7 @@ std::string ranges(const std::vector<unsigned>& sorted) {
 bool same(Site a, Site b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
 
 std::string text_of(Site site) {
-  const char* const slash = std::strrchr(site.file, '/');
-  return std::string(slash ? slash + 1 : site.file) + ":" + std::to_string(site.line);
+  return std::string(base_name(site.file)) + ":" + std::to_string(site.line);
 }
 
 std::string what_it_does(const Thread& thread) {

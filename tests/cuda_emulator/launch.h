@@ -2,11 +2,18 @@
 // What the checker asks of the launch that is running.
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 namespace cuda_emulator {
 
 constexpr unsigned kWarpSize = 32;
 constexpr unsigned kMaxThreads = 1024;
+
+// A file's name without its folder, for messages.
+inline const char* base_name(const char* file) {
+  const char* const slash = std::strrchr(file, '/');
+  return slash ? slash + 1 : file;
+}
 
 // Whether a CUDA thread is running now; host code is not checked.
 bool in_kernel();

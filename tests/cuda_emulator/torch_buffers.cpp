@@ -50,33 +50,21 @@ AOTITorchError __wrap_torch_get_const_data_ptr(AtenTensorHandle tensor, const vo
   return error;
 }
 
-AOTITorchError __real_aoti_torch_aten_new_empty(AtenTensorHandle self, const int64_t* size,
-                                                int64_t dim, int32_t* dtype, int32_t* layout,
-                                                int32_t* device, int32_t device_index,
-                                                int32_t* pin_memory, AtenTensorHandle* result);
-AOTITorchError __wrap_aoti_torch_aten_new_empty(AtenTensorHandle self, const int64_t* size,
-                                                int64_t dim, int32_t* dtype, int32_t* layout,
-                                                int32_t* device, int32_t device_index,
-                                                int32_t* pin_memory, AtenTensorHandle* result) {
-  const AOTITorchError error = __real_aoti_torch_aten_new_empty(
-      self, size, dim, dtype, layout, device, device_index, pin_memory, result);
-  if (!error) announce_new(*result, false);
-  return error;
-}
-
-AOTITorchError __real_aoti_torch_aten_new_zeros(AtenTensorHandle self, const int64_t* size,
-                                                int64_t dim, int32_t* dtype, int32_t* layout,
-                                                int32_t* device, int32_t device_index,
-                                                int32_t* pin_memory, AtenTensorHandle* result);
-AOTITorchError __wrap_aoti_torch_aten_new_zeros(AtenTensorHandle self, const int64_t* size,
-                                                int64_t dim, int32_t* dtype, int32_t* layout,
-                                                int32_t* device, int32_t device_index,
-                                                int32_t* pin_memory, AtenTensorHandle* result) {
-  const AOTITorchError error = __real_aoti_torch_aten_new_zeros(
-      self, size, dim, dtype, layout, device, device_index, pin_memory, result);
-  if (!error) announce_new(*result, true);
-  return error;
-}
+#define ANNOUNCE_NEW(name, initialised)                                                          \
+  AOTITorchError __real_##name(                                                                  \
+      AtenTensorHandle self, const int64_t* size, int64_t dim, int32_t* dtype, int32_t* layout,  \
+      int32_t* device, int32_t device_index, int32_t* pin_memory, AtenTensorHandle* result);     \
+  AOTITorchError __wrap_##name(                                                                  \
+      AtenTensorHandle self, const int64_t* size, int64_t dim, int32_t* dtype, int32_t* layout,  \
+      int32_t* device, int32_t device_index, int32_t* pin_memory, AtenTensorHandle* result) {    \
+    const AOTITorchError error =                                                                 \
+        __real_##name(self, size, dim, dtype, layout, device, device_index, pin_memory, result); \
+    if (!error) announce_new(*result, initialised);                                              \
+    return error;                                                                                \
+  }
+ANNOUNCE_NEW(aoti_torch_aten_new_empty, false)
+ANNOUNCE_NEW(aoti_torch_aten_new_zeros, true)
+#undef ANNOUNCE_NEW
 
 // Ops whose result is new memory, or old memory that they have filled.
 AOTITorchError __real_torch_call_dispatcher(const char* name, const char* overload,
