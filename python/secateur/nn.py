@@ -16,7 +16,7 @@ __all__ = ["BlockSparseLinear", "densify", "sparsify"]
 
 # Time of a multiply-add on live blocks relative to one of dense torch: a layer of density d in
 # blocks of size b takes about d * _COST[b] of the dense time. bench/results/block_sparse.csv has
-# 1.0 to 1.1 for 16 to 128, 1.4 for 8 and 2.0 for 1 (forward and backward, density 0.25, an AMD
+# 1.0 to 1.1 for 16 to 128, 1.4 for 8 and 2.2 for 1 (forward and backward, density 0.25, an AMD
 # Zen 4); smaller layers gain less, so these are rounded up.
 _COST = {128: 1.1, 64: 1.1, 32: 1.1, 16: 1.2, 8: 1.5, 1: 3.0}
 _WORTHWHILE = 0.8  # of the dense time; below it a layer is converted
