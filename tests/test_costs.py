@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import secateur
-from secateur import costs
+from secateur import BlockSparse, costs
 
 LAYER = {"block": 32, "density": 0.1}
 
@@ -26,29 +26,47 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """What was measured, by name; dense products run at half the speed of sparse ones."""
     names: list[str] = []
 
-    def measure(block: tuple[int, int], dtype: torch.dtype) -> Any:
-        names.append(costs._name(block, dtype))
-        dense = [made_up(*point[:3], 1.0, 5e10) for point in costs._POINTS]
-        sparse = [made_up(*point, 1e11) for point in costs._POINTS]
-        both = "dx+dw"  # in three quarters of the time of one after the other
-        return tuple(
-            {**dict.fromkeys(costs.DIRECTIONS, times), both: [1.5 * seconds for seconds in times]}
-            for times in (dense, sparse)
-        )
+    def by_turns(calls: list[str]) -> list[float]:
+        names.extend(calls)
+        return [seconds_of(name) for name in calls]
+
+    def products(rows: int, weight: BlockSparse) -> dict[str, tuple[str, str]]:
+        n, k = weight.shape
+        what = f"{rows} {n} {k}"
+        sparse = f"{what} {weight.density} {weight.block} {weight.values.dtype}"
+        return {
+            each: (f"{each}: {what} 1.0", f"{each}: {sparse}")
+            for each in (*costs.DIRECTIONS, "dx+dw")
+        }
+
+    def seconds_of(name: str) -> float:
+        direction, _, what = name.partition(": ")
+        m, n, k, density, *sparse = what.split(maxsplit=4)
+        seconds = made_up(int(m), int(n), int(k), float(density), 1e11 if sparse else 5e10)
+        # Both gradients in three quarters of the time of one after the other.
+        return 1.5 * seconds if direction == "dx+dw" else seconds
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(costs, "_measure", measure)
+    monkeypatch.setattr(costs, "by_turns", by_turns)
+    monkeypatch.setattr(costs, "products", products)
     monkeypatch.setattr(costs, "_tables", {})
     return names
 
 
-@pytest.mark.parametrize("rows", [16, 100, 1000, 4000])
-@pytest.mark.parametrize("density", [0.02, 0.3, 1.0])
-def test_held_out_layers_are_predicted(measured: list[str], rows: int, density: float) -> None:
-    found = secateur.cost(1500, 700, rows, block=32, density=density, direction="forward")
-    assert found.dense == pytest.approx(made_up(rows, 1500, 700, 1.0, 5e10), rel=0.05)
-    assert found.sparse == pytest.approx(made_up(rows, 1500, 700, density, 1e11), rel=0.05)
+@pytest.mark.parametrize("rows", [1, 100, 2000])
+@pytest.mark.parametrize("density", [0.03, 0.3, 1.0])
+def test_densities_in_between_are_predicted(measured: list[str], rows: int, density: float) -> None:
+    found = secateur.cost(1600, 640, rows, block=32, density=density, direction="forward")
+    assert found.dense == pytest.approx(made_up(rows, 1600, 640, 1.0, 5e10), rel=1e-6)
+    assert found.sparse == pytest.approx(made_up(rows, 1600, 640, density, 1e11), rel=1e-3)
     assert found.speedup == found.dense / found.sparse
+
+
+def test_many_rows_cost_as_many_times_as_much(measured: list[str]) -> None:
+    most, twice = (secateur.cost(320, 64, rows, **LAYER) for rows in (2048, 4096))
+    assert twice.dense == 2 * most.dense
+    assert twice.sparse == 2 * most.sparse
+    assert all(": 2048 " in name for name in measured)
 
 
 def test_directions_add_up_and_both_gradients_are_one_product(measured: list[str]) -> None:
@@ -59,42 +77,65 @@ def test_directions_add_up_and_both_gradients_are_one_product(measured: list[str
         pytest.approx(forward + dx)
     )
     together = secateur.cost(512, 512, 64, **LAYER)
-    assert together.sparse == pytest.approx(forward + 0.75 * (dx + dw), rel=0.01)
+    assert together.sparse == pytest.approx(forward + 0.75 * (dx + dw))
 
 
-def test_each_block_and_dtype_is_measured_once(measured: list[str]) -> None:
+def test_what_is_asked_for_is_measured_once(measured: list[str]) -> None:
     for _ in range(2):
-        secateur.cost(512, 512, 64, **LAYER)
-        secateur.cost(640, 512, 64, block=(8, 16), density=0.5)
-        secateur.cost(512, 512, 64, **LAYER, dtype=torch.bfloat16)
+        secateur.cost(512, 320, 64, block=32, density=0.05, direction="dx")
         costs._tables.clear()  # as in a new process
-    assert measured == ["32x32/float32", "8x16/float32", "32x32/bfloat16"]
+        secateur.cost(512, 320, 64, block=32, density=0.06, direction="dx")
+    assert measured == [
+        "dx: 64 512 320 1.0",
+        "dx: 64 512 320 0.05 (32, 32) torch.float32",
+        "dx: 64 512 320 0.1 (32, 32) torch.float32",
+    ]
+    for changed in ({"block": (8, 16)}, {"dtype": torch.bfloat16}, {"rows": 65}):
+        layer = {"rows": 64, "block": 32, "density": 0.1, "direction": "dx"} | changed
+        for _ in range(2):
+            secateur.cost(512, 320, **layer)
+    assert len(measured) == 3 + 1 + 2 + 2
+
+
+def test_what_another_process_measured_meanwhile_is_kept(measured: list[str]) -> None:
+    secateur.cost(64, 64, 8, **LAYER)
+    table, path = secateur.cost_table(), secateur.cost_table().path
+    kept = json.loads(path.read_text())
+    kept["timings"]["forward, of another process"] = 1.0
+    path.write_text(json.dumps(kept))
+    secateur.cost(64, 64, 9, **LAYER)
+    assert table.timings["forward, of another process"] == 1.0
+    assert json.loads(path.read_text())["timings"] == table.timings
 
 
 def test_another_number_of_threads_has_a_table_of_its_own(measured: list[str]) -> None:
     threads = torch.get_num_threads()
     secateur.cost(512, 512, 64, **LAYER)
+    once = len(measured)
     try:
         torch.set_num_threads(threads + 1)
         secateur.cost(512, 512, 64, **LAYER)
     finally:
         torch.set_num_threads(threads)
-    assert len(measured) == 2
+    assert len(measured) == 2 * once
 
 
 def test_a_table_is_rebuilt_and_inspected(measured: list[str]) -> None:
-    secateur.cost(512, 512, 64, **LAYER)
+    secateur.cost(512, 512, 64, **LAYER, direction="dw")
     path = secateur.cost_table().path
     kept = json.loads(path.read_text())
-    assert set(kept["timings"]) == {"dense/float32", "32x32/float32"}
+    assert set(kept["timings"]) == {
+        "dw, 64 rows, 512x512, float32, dense",
+        "dw, 64 rows, 512x512, float32, 32x32 at 0.1",
+    }
     assert f"{torch.get_num_threads()} threads" in kept["machine"]
     shown = repr(secateur.cost_table())
     assert str(path) in shown
-    assert re.search(r"32x32/float32 +dx +\d+ timings, off by \d", shown)
+    assert re.search(r"\d ms  dw, 64 rows, 512x512, float32, 32x32 at 0.1", shown)
     assert secateur.cost_table(rebuild=True).timings == {}
     assert not path.exists()
-    secateur.cost(512, 512, 64, **LAYER)
-    assert measured == ["32x32/float32"] * 2
+    secateur.cost(512, 512, 64, **LAYER, direction="dw")
+    assert len(measured) == 4
 
 
 def test_a_cache_that_cannot_be_written_is_refused_before_measuring(
@@ -109,7 +150,7 @@ def test_a_cache_that_cannot_be_written_is_refused_before_measuring(
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{}", '{"timings": {"dense/float32": {"forward": [1]}}}', '{"timings": {"other": {}}}'],
+    ["", "{}", '{"timings": {"dense": "fast"}}', '{"timings": {"dense": -1.0}}'],
 )
 def test_a_damaged_table_is_refused(measured: list[str], content: str) -> None:
     secateur.cost(512, 512, 64, **LAYER)
@@ -149,9 +190,31 @@ def test_bad_input_is_named(
 def test_real_products_are_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(costs, "_tables", {})
-    monkeypatch.setattr(costs, "_SECONDS", 0.0)
-    points = ((1, 64, 96, 0.5), (2, 64, 96, 0.5), (4, 96, 64, 0.5), (8, 64, 64, 1.0))
-    monkeypatch.setattr(costs, "_POINTS", (*points, (256, 256, 256, 0.5), (64, 96, 96, 0.1)))
-    found = secateur.cost(256, 256, 256, block=16, density=0.5)
-    assert 1e-6 < found.sparse < 1
-    assert 1e-6 < found.dense < 1
+    monkeypatch.setattr(costs, "_SHORT", 0.0)
+    for density in (0.0, 0.03, 0.5):
+        found = secateur.cost(256, 200, 64, block=16, density=density)
+        assert 1e-6 < found.sparse < 1
+        assert 1e-6 < found.dense < 1
+
+
+def test_calls_take_turns_and_slow_ones_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    now = 0.0
+
+    def call(name: str, seconds: float) -> Any:
+        def run() -> None:
+            nonlocal now
+            now += seconds
+            order.append(name)
+
+        return run
+
+    monkeypatch.setattr(costs.time, "perf_counter", lambda: now)
+    assert costs.by_turns([call("a", 0.01), call("b", 0.02)]) == pytest.approx([0.01, 0.02])
+    assert order == ["a", "b"] * (1 + costs._ROUNDS)
+    order.clear()
+    costs.by_turns([call("slow", 2.0)])
+    assert len(order) == 1 + costs._FEWEST
+    order.clear()
+    costs.by_turns([call("fast", 1e-4)])
+    assert len(order) == pytest.approx(1 + costs._SHORT / 1e-4, abs=1)

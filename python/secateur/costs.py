@@ -1,8 +1,9 @@
-"""What a linear layer costs on this machine, dense and block-sparse, from a table measured once.
+"""What a linear layer costs on this machine, dense and block-sparse: timed once, then looked up.
 
-A product's time is close to a sum of terms with non-negative factors: one for every multiply-add,
-for every element that is read or written, for every weight that a cache cannot hold, and one for
-the call. The factors are fitted to a few dozen timings of each block size, dtype and direction.
+The time of a block-sparse product is close to a straight line over the density, and hardly depends
+on which blocks live. Over the batch and the sides of the weight it is no simple function: libraries
+switch algorithms, caches overflow, strides collide. So a layer is timed as it is, with random
+blocks at the densities next to the one asked for, and what lies between is interpolated.
 """
 
 from __future__ import annotations
@@ -13,15 +14,12 @@ import hashlib
 import json
 import os
 import platform
-import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from secateur import _C
@@ -34,34 +32,13 @@ _Call = Callable[[], object]
 
 DIRECTIONS = ("forward", "dx", "dw")
 _BOTH = "dx+dw"  # of a block-sparse layer are one product
-_TIMED = (*DIRECTIONS, _BOTH)
 
-# What is timed: (rows, out_features, in_features, density). Sizes differ by odd factors, so that
-# no term of the sum goes along with another one.
-_POINTS = (
-    *((m, n, k, d) for m in (1, 2, 4, 8, 15) for n, k, d in (
-        (320, 320, 0.5), (1024, 768, 0.1), (1536, 512, 0.2), (640, 2560, 0.1), (2048, 2048, 0.3),
-        (4096, 3072, 0.1),
-    )),
-    (16, 768, 768, 0.3), (16, 2048, 1024, 0.1), (20, 3072, 1536, 0.05), (24, 2048, 512, 0.1),
-    (32, 512, 2048, 0.5), (32, 1024, 256, 0.3), (40, 1600, 4032, 0.2), (48, 1024, 1024, 0.05),
-    (48, 384, 2048, 0.1), (64, 3072, 768, 0.1), (64, 768, 3072, 0.3), (64, 256, 512, 0.3),
-    (80, 640, 640, 0.5), (96, 320, 1280, 0.2), (96, 2048, 3072, 0.05), (112, 1536, 384, 0.3),
-    (128, 2048, 2048, 0.1), (128, 512, 512, 0.6), (128, 768, 1536, 0.2), (160, 2432, 576, 0.4),
-    (192, 1280, 320, 0.05), (192, 512, 4096, 0.1), (256, 4096, 1024, 0.1), (256, 2880, 3328, 0.05),
-    (256, 2048, 2048, 0.05), (320, 1344, 3584, 0.2), (384, 640, 640, 0.2), (384, 3072, 384, 0.2),
-    (512, 2048, 768, 0.05), (512, 768, 2048, 0.3), (512, 1024, 1024, 0.1), (640, 3648, 704, 0.3),
-    (768, 256, 1536, 0.1), (1024, 1024, 1024, 0.1), (1024, 3328, 1152, 0.1),
-    (1024, 384, 3072, 0.05), (1536, 512, 512, 0.5), (1536, 2240, 960, 0.05),
-    (2048, 1024, 512, 0.05), (2048, 384, 1536, 0.1), (2048, 256, 256, 0.3),
-    (2048, 1600, 1600, 0.03),
-)  # fmt: skip
-# Dense products of few rows take other paths in each of these ranges; sparse ones only below 16.
-_DENSE_RANGES, _SPARSE_RANGES = (1, 2, 4, 8, 16), (1, 16)
-_VISITS = 6  # to each timing, as far apart as can be: what disturbs a machine comes and goes
-_SECONDS = 0.006  # for each visit
-_CACHES = (1 << 20, 16 << 20)  # bytes that a core can hope for of the second and the third one
-_PAGE = 4096  # bytes; rows that are pages apart fall on the same lines of a cache
+# Densities that are timed; between two of them, a straight line.
+_DENSITIES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
+_MOST_ROWS = 2048  # of which each costs as much as any further one
+# Every call has a turn in each of _ROUNDS rounds, and in more until all have _SHORT seconds each;
+# in _FEWEST where all would have more than _LONG.
+_ROUNDS, _FEWEST, _SHORT, _LONG = 15, 5, 0.03, 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,14 +71,14 @@ def cost(
 ) -> Cost:
     """Predict what a linear layer costs with dense weights, and with live blocks only.
 
-    On CPUs, with as many threads as torch uses now. What has not been measured on this machine yet
-    is measured first (a minute for each block size and dtype, with a progress bar) and kept in
-    the user's cache directory. A prediction is rough, and of a machine that nothing else disturbs:
-    ``bench/costs.py`` shows how far off on layers that were not measured.
+    On CPUs, with as many threads as torch uses now. A layer that is asked for the first time on
+    this machine is timed, for as long as some tens of its calls take, and the times are kept in the
+    user's cache directory. ``bench/costs.py`` shows how far off predictions are.
 
     Args:
         out_features, in_features: the weight's shape.
-        rows: rows of the input: batch times positions.
+        rows: rows of the input: batch times positions. More than 2048 are not timed: they cost as
+            many times as much as 2048.
         block: block size, an int or (rows, cols).
         density: fraction of the blocks that are live, in [0, 1].
         dtype: of weights and inputs.
@@ -144,12 +121,8 @@ def cost(
         raise TypeError(f"expected dtype to be one of {', '.join(map(str, FLOATS))}, got {dtype!r}")
     if {"dx", "dw"} <= set(directions):
         directions = (*(each for each in directions if each == "forward"), _BOTH)
-    sides, shape = block_size(block), (rows, out_features, in_features)
-    table = cost_table()
-    return Cost(
-        sum(table.predict(None, dtype, each, shape, 1.0) for each in directions),
-        sum(table.predict(sides, dtype, each, shape, density) for each in directions),
-    )
+    layer = _Layer(rows, out_features, in_features, dtype)
+    return cost_table().predict(layer, block_size(block), density, directions)
 
 
 _tables: dict[Path, CostTable] = {}
@@ -173,199 +146,99 @@ def cost_table(*, rebuild: bool = False) -> CostTable:
     return _tables[path]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    rows: int
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+
+
 class CostTable:
-    """Timings of this machine and the factors fitted to them; ``print`` it to inspect them.
+    """Timings of this machine; ``print`` it to inspect them.
 
     Attributes:
         path: the JSON file that keeps the timings.
-        timings: seconds by ``"block/dtype"`` ("dense", "32x32", ...), then direction, in the order
-            of the points that are timed.
+        timings: seconds by what was timed, such as
+            ``"forward, 512 rows, 4096x1024, float32, 32x32 at 0.1"`` or ``"..., dense"``.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.timings: dict[str, dict[str, list[float]]] = {}
-        self._factors: dict[tuple[str, str, int], Tensor] = {}
-        if path.exists():
-            self.timings = _read(path)
+        self.timings = _read(path) if path.exists() else {}
 
     def predict(
-        self,
-        block: tuple[int, int] | None,
-        dtype: torch.dtype,
-        direction: str,
-        shape: tuple[int, int, int],
-        density: float,
-    ) -> float:
-        """Seconds of one product.
+        self, layer: _Layer, block: tuple[int, int], density: float, directions: Sequence[str]
+    ) -> Cost:
+        """The sum over ``directions``, among ``DIRECTIONS`` and ``"dx+dw"``."""
+        timed = dataclasses.replace(layer, rows=min(layer.rows, _MOST_ROWS))
+        low = max(d for d in _DENSITIES if d <= density)
+        high = min(d for d in _DENSITIES if d >= density)
+        weights = {low: 1.0} if low == high else {
+            low: (high - density) / (high - low),
+            high: (density - low) / (high - low),
+        }  # fmt: skip
+        self._time(timed, block, weights, directions)
+        dense = sum(self.timings[_name(timed, each)] for each in directions)
+        sparse = sum(
+            share * self.timings[_name(timed, each, block, d)]
+            for each in directions
+            for d, share in weights.items()
+        )
+        scale = layer.rows / timed.rows
+        return Cost(dense * scale, sparse * scale)
 
-        Args:
-            block: None for the dense product.
-            dtype: of all operands.
-            direction: one of ``DIRECTIONS``, or ``"dx+dw"``.
-            shape: (rows, out_features, in_features).
-            density: fraction of live blocks.
-        """
-        name = _name(block, dtype)
-        if name not in self.timings:
-            _check_writable(self.path)  # before a minute of measuring is lost
-            dense, sparse = _measure(block or (32, 32), dtype)
-            self.timings.setdefault(_name(None, dtype), dense)
-            self.timings[_name(block or (32, 32), dtype)] = sparse
+    def _time(
+        self,
+        layer: _Layer,
+        block: tuple[int, int],
+        densities: Iterable[float],
+        directions: Sequence[str],
+    ) -> None:
+        """Time what is missing, all of it by turns, and keep it."""
+        names = [_name(layer, each) for each in directions]
+        missing: dict[str, _Call] = {}
+        for density in densities:
+            sparse = [_name(layer, each, block, density) for each in directions]
+            if all(name in self.timings for name in (*names, *sparse)):
+                continue
+            calls = products(layer.rows, _weight(layer, block, density))
+            for each, dense_name, sparse_name in zip(directions, names, sparse, strict=True):
+                missing.setdefault(dense_name, calls[each][0])
+                missing[sparse_name] = calls[each][1]
+        missing = {name: call for name, call in missing.items() if name not in self.timings}
+        if missing:
+            _check_writable(self.path)  # before what was measured is lost
+            found = dict(zip(missing, by_turns(list(missing.values())), strict=True))
+            # Another process may have added to it meanwhile.
+            self.timings = (_read(self.path) if self.path.exists() else {}) | self.timings | found
             _write(self.path, self.timings)
-        first = max(m for m in _ranges(block) if m <= shape[0])
-        key = (name, direction, first)
-        if key not in self._factors:
-            chosen = _points_of(block, first)
-            seconds = torch.tensor([self.timings[name][direction][i] for i in chosen]).double()
-            densities = _densities(block)
-            terms = torch.stack(
-                [_terms(block, direction, _POINTS[i][:3], densities[i]) for i in chosen]
-            )
-            self._factors[key] = _fit(terms, seconds)
-        return float(_terms(block, direction, shape, density) @ self._factors[key])
 
     def __repr__(self) -> str:
-        """Where it is kept, and how far its own timings are from what it predicts for them."""
+        """Where it is kept, and all timings."""
         lines = [f"CostTable of {_machine()}", f"  kept in {self.path}"]
-        for name, by_direction in self.timings.items():
-            block, dtype = _parsed(name)
-            for direction, measured in by_direction.items():
-                errors = [
-                    abs(self.predict(block, dtype, direction, point[:3], density) / seconds - 1)
-                    for point, density, seconds in zip(
-                        _POINTS, _densities(block), measured, strict=True
-                    )
-                ]
-                lines.append(
-                    f"  {name:<18} {direction:<8} {len(errors)} timings, off by "
-                    f"{statistics.median(errors):.1%} in the median, {max(errors):.1%} at most"
-                )
+        lines.extend(f"  {s * 1e3:10.4f} ms  {name}" for name, s in sorted(self.timings.items()))
         return "\n".join(lines)
 
 
-def _name(block: tuple[int, int] | None, dtype: torch.dtype) -> str:
-    size = "dense" if block is None else f"{block[0]}x{block[1]}"
-    return f"{size}/{str(dtype).removeprefix('torch.')}"
+def _name(
+    layer: _Layer, direction: str, block: tuple[int, int] | None = None, density: float = 1.0
+) -> str:
+    weight = "dense" if block is None else f"{block[0]}x{block[1]} at {density}"
+    dtype = str(layer.dtype).removeprefix("torch.")
+    shape = f"{layer.out_features}x{layer.in_features}"
+    return f"{direction}, {layer.rows} rows, {shape}, {dtype}, {weight}"
 
 
-def _parsed(name: str) -> tuple[tuple[int, int] | None, torch.dtype]:
-    """The inverse of :func:`_name`."""
-    size, _, dtype = name.partition("/")
-    if size == "dense":
-        return None, getattr(torch, dtype)
-    rows, cols = map(int, size.split("x"))
-    return (rows, cols), getattr(torch, dtype)
-
-
-def _ranges(block: tuple[int, int] | None) -> tuple[int, ...]:
-    return _DENSE_RANGES if block is None else _SPARSE_RANGES
-
-
-def _points_of(block: tuple[int, int] | None, first: int) -> list[int]:
-    """The points in the range of rows that begins with ``first``."""
-    ranges = _ranges(block)
-    return [i for i, (m, *_) in enumerate(_POINTS) if max(r for r in ranges if r <= m) == first]
-
-
-def _densities(block: tuple[int, int] | None) -> list[float]:
-    return [1.0 if block is None else density for *_, density in _POINTS]
-
-
-def _terms(
-    block: tuple[int, int] | None, direction: str, shape: tuple[int, int, int], density: float
-) -> Tensor:
-    """What the time of a product is a sum of."""
-    m, n, k = shape
-    weights = density * n * k
-    if block is not None and any(side % 16 for side in block):
-        lanes = 64 if m > 32 else 16  # such blocks take the batch in whole panels
-        m = -(-m // lanes) * lanes
-    panel = (n if direction in ("dx", _BOTH) else k) * 64 * 4.0
-    second, third = _CACHES
-    # Between two calls of a product a dense one of this size passes through the caches.
-    weights_lost = _missed(n * k * 4, third)
-    lost = _missed((n * k + m * (n + k)) * 4, third)
-    n_pages, k_pages = (float(features * 4 % _PAGE == 0) for features in (n, k))
-    return torch.tensor(
-        [
-            1.0,
-            n + k,
-            weights,
-            weights * _missed(weights * 4, second),
-            weights * weights_lost,
-            weights * k_pages if block is None else 0.0,  # blocks lie in a row
-            m * k,
-            m * k * lost,
-            m * k * k_pages,
-            m * n,
-            m * n * lost,
-            m * n * n_pages,
-            m * weights,
-            m * weights * _missed(panel, second / 2),
-        ],
-        dtype=torch.float64,
-    )
-
-
-def _missed(size: float, cache: float) -> float:
-    """The part of ``size`` bytes, read again and again, that a cache does not hold."""
-    return max(0.0, 1 - cache / size) if size else 0.0
-
-
-def _fit(terms: Tensor, seconds: Tensor) -> Tensor:
-    """Factors that are not negative and bring the relative errors to a minimum, outliers less."""
-    relative = terms / seconds[:, None]
-    scale = relative.norm(dim=0).clamp_min(1e-300)
-    weights = torch.ones_like(seconds)
-    factors = torch.zeros_like(scale)
-    for _ in range(4):
-        a = (relative / scale) * weights[:, None]
-        gram, target = (a.T @ a).tolist(), (a.T @ weights).tolist()
-        x = factors.tolist()
-        for _ in range(500):  # coordinate descent
-            for j, row in enumerate(gram):
-                if row[j] > 0:
-                    rest = sum(g * v for g, v in zip(row, x, strict=True)) - row[j] * x[j]
-                    x[j] = max(0.0, (target[j] - rest) / row[j])
-        factors = torch.tensor(x, dtype=torch.float64)
-        errors = ((relative / scale) @ factors - 1).abs()
-        weights = (0.05 / errors.clamp_min(0.05)).sqrt()
-    fitted: Tensor = factors / scale
-    return fitted
-
-
-def _measure(
-    block: tuple[int, int], dtype: torch.dtype
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Time every direction at every point, dense and sparse.
-
-    They take turns, since one that is repeated finds its operands in a cache, as no layer of a
-    network does.
-    """
-    times: dict[str, list[tuple[list[float], list[float]]]] = {
-        direction: [([], []) for _ in _POINTS] for direction in _TIMED
-    }
-    order = [*range(len(_POINTS))] * _VISITS
-    # disable=None: no bar where nobody sees it.
-    for i in tqdm(order, f"secateur measures {_name(block, dtype)}", disable=None):
-        for direction, calls in products(_POINTS[i][0], _weight(block, dtype, i)).items():
-            for seconds, record in zip(visit(calls), times[direction][i], strict=True):
-                record.append(seconds)
-    dense, sparse = (
-        {direction: [min(pair[kind]) for pair in pairs] for direction, pairs in times.items()}
-        for kind in (0, 1)
-    )
-    return dense, sparse
-
-
-def _weight(block: tuple[int, int], dtype: torch.dtype, point: int) -> BlockSparse:
-    _, n, k, density = _POINTS[point]
-    generator = torch.Generator().manual_seed(point)
+def _weight(layer: _Layer, block: tuple[int, int], density: float) -> BlockSparse:
+    generator = torch.Generator().manual_seed(0)
+    n, k = layer.out_features, layer.in_features
     grid = (-(-n // block[0]), -(-k // block[1]))
     order = torch.randperm(grid[0] * grid[1], generator=generator)
-    mask = (order < max(1, round(density * len(order)))).view(grid)
-    return BlockSparse.from_dense(torch.randn(n, k, generator=generator).to(dtype), block, mask)
+    mask = (order < round(density * len(order))).view(grid)
+    return BlockSparse.from_dense(
+        torch.randn(n, k, generator=generator).to(layer.dtype), block, mask
+    )
 
 
 def products(rows: int, weight: BlockSparse) -> dict[str, tuple[_Call, _Call]]:
@@ -395,18 +268,29 @@ def products(rows: int, weight: BlockSparse) -> dict[str, tuple[_Call, _Call]]:
     }
 
 
-def visit(calls: Sequence[_Call]) -> list[float]:
-    """Median seconds of each call, by turns. The least of several visits is an undisturbed one."""
+def by_turns(calls: Sequence[_Call]) -> list[float]:
+    """Seconds of each call: the lower quartile, since neighbours on a machine only add.
+
+    The calls take turns: one that is repeated finds its operands in a cache, as no layer of a
+    network does.
+    """
     times: list[list[float]] = [[] for _ in calls]
     for call in calls:
         call()
-    begin = time.perf_counter()
-    while len(times[0]) < 2 or time.perf_counter() - begin < _SECONDS:
-        for call, record in zip(calls, times, strict=True):
-            start = time.perf_counter()
-            call()
-            record.append(time.perf_counter() - start)
-    return [statistics.median(record) for record in times]
+    rounds, spent = 0, 0.0
+    # disable=None: no bar where nobody sees it; delay: nor for what is soon over.
+    with tqdm(desc="secateur times a layer", unit="round", delay=1, disable=None) as bar:
+        while rounds < _FEWEST or (
+            spent < _LONG * len(calls) and (rounds < _ROUNDS or spent < _SHORT * len(calls))
+        ):
+            for call, record in zip(calls, times, strict=True):
+                start = time.perf_counter()
+                call()
+                record.append(time.perf_counter() - start)
+                spent += record[-1]
+            rounds += 1
+            bar.update()
+    return [sorted(record)[len(record) // 4] for record in times]
 
 
 def _machine() -> str:
@@ -423,7 +307,7 @@ def _binary() -> str:
 
 
 def _key() -> str:
-    what = f"{_TIMED} {_binary()} {_machine()} {_POINTS} {_VISITS}"
+    what = f"{_binary()} {_machine()} {_ROUNDS} {_SHORT}"
     return hashlib.sha256(what.encode()).hexdigest()[:16]
 
 
@@ -448,16 +332,11 @@ def _cache_directory() -> Path:
     return Path.home() / ("Library/Caches" if mac else ".cache") / "secateur"
 
 
-def _read(path: Path) -> dict[str, dict[str, list[float]]]:
+def _read(path: Path) -> dict[str, float]:
     try:
-        timings: dict[str, dict[str, list[float]]] = json.loads(path.read_bytes())["timings"]
-        for name, by_direction in timings.items():
-            _parsed(name)
-            if set(by_direction) != set(_TIMED) or any(
-                len(seconds) != len(_POINTS) or not all(s > 0 for s in seconds)
-                for seconds in by_direction.values()
-            ):
-                raise ValueError("timings that are not complete")
+        timings: dict[str, float] = json.loads(path.read_bytes())["timings"]
+        if not all(isinstance(s, float) and s > 0 for s in timings.values()):
+            raise ValueError("timings that are no positive numbers")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"expected the timings of secateur.cost in {path}, got {error}: "
@@ -483,10 +362,10 @@ def _temporary(path: Path) -> Path:
     return path.with_suffix(f".{os.getpid()}.tmp")
 
 
-def _write(path: Path, timings: Any) -> None:
+def _write(path: Path, timings: dict[str, float]) -> None:
     temporary = _temporary(path)
     temporary.write_text(
-        json.dumps({"machine": _machine(), "points": _POINTS, "timings": timings}, indent=1),
+        json.dumps({"machine": _machine(), "timings": timings}, indent=1),
         encoding="utf-8",
     )
     os.replace(temporary, path)
