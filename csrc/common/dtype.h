@@ -40,6 +40,11 @@ constexpr float widen(float x) { return x; }
 constexpr double widen(double x) { return x; }
 constexpr float widen(BFloat16 x) { return std::bit_cast<float>(uint32_t{x.bits} << 16); }
 constexpr float widen(Half x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+#else
   const uint32_t sign = uint32_t{x.bits} >> 15 << 31;
   const uint32_t magnitude = x.bits & 0x7fffu;
   if (magnitude >= 0x7c00u)  // infinity, NaN
@@ -49,6 +54,7 @@ constexpr float widen(Half x) {
   // Subnormal: magnitude * 2^-24 is exact.
   const float value = static_cast<float>(magnitude) * 0x1p-24f;
   return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(value));
+#endif
 }
 
 // Round to nearest, ties to even; NaN stays NaN.

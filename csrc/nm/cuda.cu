@@ -7,8 +7,7 @@
 // writes its own part.
 #include <limits>
 
-#include "common/kernels.cuh"
-#include "common/score.h"
+#include "common/evaluate.cuh"
 #include "nm/nm.h"
 
 namespace secateur::nm::CUDA {
@@ -31,37 +30,10 @@ __device__ Int<T> key_of(T score, bool largest, bool& bad) {
   return largest ? key : ~key;
 }
 
-// Scores of N elements from `index` on.
-template <int N, typename T>
-__device__ void scores(const Args& a, const T (&w)[N], const T (&g)[N], T (&state)[N],
-                       int64_t index, T (&out)[N]) {
-  for_formula(a.inputs.formula, [&]<Formula F>() {
-#pragma unroll
-    for (int i = 0; i < N; ++i)
-      out[i] = a.mode == Mode::State
-                   ? score<F, Mode::State>(w[i], g[i], state[i], a.inputs.params, index + i)
-                   : score<F, Mode::Observe>(w[i], g[i], state[i], a.inputs.params, index + i);
-  });
-}
-
-// Elements index..index + count of a contiguous input, count <= kByte; zero where it has none.
-template <typename S>
-__device__ void load(const View& t, int64_t index, int count, Compute<S> (&out)[kByte]) {
-  constexpr int n = kLoadBytes / sizeof(S);
-  const S* const from = static_cast<const S*>(t.data) + index;
-  if (t.data && count == kByte) {
-#pragma unroll
-    for (int v = 0; v < kByte / n; ++v) {
-      const uint4 vector = reinterpret_cast<const uint4*>(from)[v];
-      S part[n];
-      __builtin_memcpy(part, &vector, sizeof(vector));
-#pragma unroll
-      for (int i = 0; i < n; ++i) out[v * n + i] = widen(part[i]);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kByte; ++i) out[i] = t.data && i < count ? widen(from[i]) : Compute<S>(0);
-  }
+template <typename T, int N>
+__device__ void scores(const Args& a, Operands<T, N>& x, int64_t index, T (&out)[N]) {
+  a.mode == Mode::State ? scores<Mode::State>(a.inputs, x, index, out)
+                        : scores<Mode::Observe>(a.inputs, x, index, out);
 }
 
 // Which of eight keys are among the n best of their group of P.
@@ -92,11 +64,16 @@ __global__ void __launch_bounds__(kThreads)
   int64_t index = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kByte;
   for (; index < a.numel; index += step) {
     const int count = a.numel - index < kByte ? static_cast<int>(a.numel - index) : kByte;
-    T w[kByte], g[kByte], state[kByte], x[kByte];
-    load<S>(a.inputs.weight, index, count, w);
-    load<S>(a.inputs.grad, index, count, g);
-    load<T>(a.inputs.state, index, count, state);
-    scores(a, w, g, state, index, x);
+    Operands<T, kByte> operands;
+    if (count == kByte) {
+      PackedOperands<S, kByte> packed;
+      packed.load(a.inputs, index);
+      operands = packed.widened();
+    } else {
+      operands = load_first<S, kByte>(a.inputs, index, count);
+    }
+    T x[kByte];
+    scores(a, operands, index, x);
     Int<T> keys[kByte];
 #pragma unroll
     for (int i = 0; i < kByte; ++i)
@@ -141,14 +118,6 @@ struct Groups {
   }
 };
 
-// Element `index` of any input; zero where it has none.
-template <typename S>
-__device__ Compute<S> element(const View& t, int64_t index) {
-  if (!t.data) return Compute<S>(0);
-  const int64_t offset = t.ndim == 1 ? index * t.stride[0] : locate(t, index).offset;
-  return widen(static_cast<const S*>(t.data)[offset]);
-}
-
 template <typename S>
 __global__ void __launch_bounds__(kThreads)
     padded_kernel(const __grid_constant__ Args a, uint32_t* bad) {
@@ -163,11 +132,9 @@ __global__ void __launch_bounds__(kThreads)
     const Groups groups(a, first);
     const int begin = groups.of(0).begin, end = groups.of(count - 1).end;
     for (int i = begin + static_cast<int>(threadIdx.x); i < end; i += kThreads) {
-      T w[] = {element<S>(a.inputs.weight, first + i)};
-      T g[] = {element<S>(a.inputs.grad, first + i)};
-      T state[] = {element<T>(a.inputs.state, first + i)};
+      Operands<T, 1> operands = load_one<S>(a.inputs, first + i);
       T x[1];
-      scores(a, w, g, state, first + i, x);
+      scores(a, operands, first + i, x);
       keys[i] = key_of(x[0], a.largest, found);
     }
     __syncthreads();
@@ -191,18 +158,12 @@ __global__ void __launch_bounds__(kThreads)
   report(bad, 1, found);
 }
 
-bool vectors(const View& t) {
-  return !t.data || (t.ndim == 1 && t.stride[0] == 1 && aligned(t.data));
-}
-
 template <typename S>
 void run_typed(const Args& a, uint32_t* bad, void* stream) {
-  const auto& [weight, grad, state, formula, params] = a.inputs;
-  const bool in_vectors =
-      kByte % a.m == 0 && a.n_cols % a.m == 0 && vectors(weight) && vectors(grad) && vectors(state);
-  const int64_t tile = in_vectors ? kThreads * kByte : kTile;
+  const bool vectors = kByte % a.m == 0 && a.n_cols % a.m == 0 && in_vectors(a.inputs);
+  const int64_t tile = vectors ? kThreads * kByte : kTile;
   const unsigned blocks = blocks_for(ceil_div(a.numel, tile));
-  if (in_vectors)
+  if (vectors)
     SECATEUR_LAUNCH(aligned_kernel<S>, blocks, kThreads, 0, stream, a, bad);
   else
     SECATEUR_LAUNCH(padded_kernel<S>, blocks, kThreads, 0, stream, a, bad);
@@ -211,12 +172,8 @@ void run_typed(const Args& a, uint32_t* bad, void* stream) {
 }  // namespace
 
 int run(const Args& args, uint32_t* bad, void* stream) {
-  // Weight and gradient are of one dtype; the formula may leave out either, or both.
-  const Dtype dtype = args.inputs.weight.data ? args.inputs.weight.dtype
-                      : args.inputs.grad.data ? args.inputs.grad.dtype
-                      : args.wide             ? Dtype::Double
-                                              : Dtype::Float;
-  for_dtype(dtype, [&]<typename S>() { run_typed<S>(args, bad, stream); });
+  for_dtype(input_dtype(args.inputs, args.wide),
+            [&]<typename S>() { run_typed<S>(args, bad, stream); });
   return cudaGetLastError();
 }
 

@@ -1,0 +1,138 @@
+#pragma once
+// Scores of neighbouring logical elements in the registers of one CUDA thread; for cuda.cu files,
+// as evaluate.h is for cpu.cpp files. S is the storage type of weight and gradient; state and
+// scores are of type Compute<S>. Index and length of a run that is loaded by vectors are multiples
+// of its N.
+#include "common/kernels.cuh"
+#include "common/score.h"
+
+namespace secateur {
+namespace {
+
+// Whether it can be loaded by vectors; what is not there need not be loaded.
+inline bool in_vectors(const View& t) {
+  return !t.data || (t.ndim == 1 && t.stride[0] == 1 && aligned(t.data));
+}
+inline bool in_vectors(const ScoreInputs& in) {
+  return in_vectors(in.weight) && in_vectors(in.grad) && in_vectors(in.state);
+}
+
+// The dtype of weight and gradient, either or both of which the formula may leave out.
+inline Dtype input_dtype(const ScoreInputs& in, bool wide) {
+  return in.weight.data ? in.weight.dtype
+         : in.grad.data ? in.grad.dtype
+         : wide         ? Dtype::Double
+                        : Dtype::Float;
+}
+
+// What N scores are made of; zero where there is no such input.
+template <typename T, int N>
+struct Operands {
+  T weight[N], grad[N], state[N];
+};
+
+// N elements as they lie in memory.
+template <typename S, int N>
+struct Packed {
+  static constexpr int kPerVector = kLoadBytes / sizeof(S);
+  static_assert(N % kPerVector == 0);
+
+  uint4 vectors[N / kPerVector] = {};
+
+  __device__ void load(const View& t, int64_t index) {
+    if (!t.data) return;
+    const uint4* const from = reinterpret_cast<const uint4*>(static_cast<const S*>(t.data) + index);
+#pragma unroll
+    for (int v = 0; v < N / kPerVector; ++v) vectors[v] = from[v];
+  }
+
+  __device__ void widen_to(Compute<S> (&out)[N]) const {
+#pragma unroll
+    for (int v = 0; v < N / kPerVector; ++v) {
+      S part[kPerVector];
+      __builtin_memcpy(part, &vectors[v], sizeof(part));
+#pragma unroll
+      for (int i = 0; i < kPerVector; ++i) out[v * kPerVector + i] = widen(part[i]);
+    }
+  }
+};
+
+// A run of inputs that lie as in_vectors() wants. Nothing is computed before all of it is asked
+// for: one use between two loads, and the second would wait for the first.
+template <typename S, int N>
+struct PackedOperands {
+  Packed<S, N> weight, grad;
+  Packed<Compute<S>, N> state;
+
+  __device__ void load(const ScoreInputs& in, int64_t index) {
+    weight.load(in.weight, index);
+    grad.load(in.grad, index);
+    state.load(in.state, index);
+  }
+
+  __device__ Operands<Compute<S>, N> widened() const {
+    Operands<Compute<S>, N> x;
+    weight.widen_to(x.weight);
+    grad.widen_to(x.grad);
+    state.widen_to(x.state);
+    return x;
+  }
+};
+
+// Elements index..index + count, count < N, of inputs that lie as in_vectors() wants; zero in the
+// others.
+template <typename S, int N>
+__device__ Operands<Compute<S>, N> load_first(const ScoreInputs& in, int64_t index, int count) {
+  Operands<Compute<S>, N> x = {};
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (i >= count) break;
+    if (in.weight.data) x.weight[i] = widen(static_cast<const S*>(in.weight.data)[index + i]);
+    if (in.grad.data) x.grad[i] = widen(static_cast<const S*>(in.grad.data)[index + i]);
+    if (in.state.data) x.state[i] = static_cast<const Compute<S>*>(in.state.data)[index + i];
+  }
+  return x;
+}
+
+// Where element `index` lies, any layout.
+template <typename S>
+__device__ S* element_of(const View& t, int64_t index) {
+  const int64_t offset = t.ndim == 1 ? index * t.stride[0] : locate(t, index).offset;
+  return static_cast<S*>(t.data) + offset;
+}
+
+// Element `index` of inputs of any layout.
+template <typename S>
+__device__ Operands<Compute<S>, 1> load_one(const ScoreInputs& in, int64_t index) {
+  Operands<Compute<S>, 1> x = {};
+  if (in.weight.data) x.weight[0] = widen(*element_of<const S>(in.weight, index));
+  if (in.grad.data) x.grad[0] = widen(*element_of<const S>(in.grad, index));
+  if (in.state.data) x.state[0] = *element_of<const Compute<S>>(in.state, index);
+  return x;
+}
+
+// The scores of elements index..index + N; Mode::Update leaves the new state in x.state.
+template <Mode M, typename T, int N>
+__device__ void scores(const ScoreInputs& in, Operands<T, N>& x, int64_t index, T (&out)[N]) {
+  for_formula(in.formula, [&]<Formula F>() {
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      out[i] = score<F, M>(x.weight[i], x.grad[i], x.state[i], in.params, index + i);
+  });
+}
+
+// Stores N elements at an aligned address.
+template <typename T, int N>
+__device__ void store_vectors(T* to, const T (&x)[N]) {
+  constexpr int per_vector = kLoadBytes / sizeof(T);
+  static_assert(N % per_vector == 0);
+#pragma unroll
+  for (int v = 0; v < N / per_vector; ++v) {
+    uint4 vector;
+    __builtin_memcpy(&vector, x + v * per_vector, sizeof(vector));
+    reinterpret_cast<uint4*>(to)[v] = vector;
+  }
+}
+
+}  // namespace
+}  // namespace secateur
