@@ -48,14 +48,15 @@ struct Plan {
   Stage pack_x, pack_dy, pack_values, run, finish;
 };
 
-struct Args {
+// One product, on any device; what it does not take is null or 0.
+struct Problem {
   Product product;
   Dtype dtype;
   int64_t batch, out_features, in_features;
   int64_t rows, cols, block_rows, block_cols, n_blocks;
   // Row order: block p lies at block row row_of[p], block column col[p]; row r owns
-  // [row_ptr[r], row_ptr[r + 1]). Column order: the q-th block lies at block row row_t[q] and is
-  // block position_t[q] of the row order.
+  // [row_ptr[r], row_ptr[r + 1]), its columns ascending. Column order: the q-th block lies at block
+  // row row_t[q] and is block position_t[q] of the row order.
   const int32_t *row_ptr, *col, *row_of, *col_ptr, *row_t, *position_t;
   // Unit stride along features; strides in elements from one row of the batch to the next.
   const void* x;
@@ -67,6 +68,10 @@ struct Args {
   Activation activation;  // of Forward
   void* out;              // Y or dX, contiguous
   void* dw;               // of WeightGradient and Backward, contiguous
+};
+
+// What the CPU kernels take.
+struct Args : Problem {
   // The rows of a batch come in parts: values are packed with the first, which also starts the sums
   // of dW, in the dtype that is computed in. finish() adds the other sums, if any, and writes dW.
   bool first_part;
@@ -82,4 +87,14 @@ using RunStage = void(const Args& args, int64_t begin, int64_t end);
 SECATEUR_PER_ISA(MakePlan make_plan; RunStage pack_x; RunStage pack_dy; RunStage pack_values;
                  RunStage run; RunStage finish)
 
+// Products on CUDA but Backward, which is two of them there. None is empty: n_blocks may be 0, no
+// other size, and batch may be 0 in WeightGradient only. Nothing waits for the device.
+namespace CUDA {
+
+// Bytes that a product needs beside its operands; they need not be initialised.
+int64_t workspace_bytes(const Problem& problem);
+// On a CUDA stream; returns a cudaError_t. `workspace` is aligned to 16 bytes.
+int run(const Problem& problem, void* workspace, void* stream);
+
+}  // namespace CUDA
 }  // namespace secateur::block_sparse
