@@ -29,6 +29,7 @@ bench: $(VENV)/.peers  ## measure kernels and training against torch, quickly; t
 	$(BIN)/python -m bench.scores --quick --csv build/scores.csv
 	$(BIN)/python -m bench.topk --quick --csv build/topk.csv
 	$(BIN)/python -m bench.nm --quick --csv build/nm.csv
+	$(BIN)/python -m bench.mask --quick --csv build/mask.csv
 	$(BIN)/python -m bench.block_sparse --quick --csv build/block_sparse.csv
 	$(BIN)/python -m bench.training --quick --csv build/training.csv
 	$(BIN)/python -m bench.optimizers --csv build/optimizers.csv
@@ -42,11 +43,12 @@ cuda-fast: $(VENV)/.package  ## the same without what takes long (5 minutes)
 cuda-resources: $(VENV)/.package  ## write docs/cuda-resources.md, from the library that nvcc made
 	$(BIN)/python tests/test_cuda_build.py
 
-lint: $(VENV)/.package  ## ruff, clang-format, mypy
+lint: $(VENV)/.package  ## ruff, clang-format, mypy, shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -type f)
 	$(BIN)/mypy
+	$(BIN)/shellcheck .ci/run bench/gpu.sh
 
 format: $(VENV)/.package  ## let ruff and clang-format rewrite the sources
 	$(BIN)/ruff check --fix .
