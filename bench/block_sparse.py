@@ -1,9 +1,10 @@
-"""Block-sparse linear against dense torch and every peer that runs on a CPU.
+"""Block-sparse linear against dense torch and every peer that runs.
 
 All blocks and densities at 512 rows and 4096 x 1024, in float32 and bfloat16; other batches, shapes
-and a skewed pattern at one density. ``--quick`` is one of those shapes and takes under a minute,
-the whole takes under half an hour; other options leave out what they do not name. Cases that lose
-stay in the table. bench/README.md says what is measured, and how.
+and a skewed pattern at one density. On a GPU (``--device cuda``) it is 4096 rows and 4096 x 4096.
+``--quick`` is one of those shapes and takes under a minute, the whole takes under half an hour;
+other options leave out what they do not name. Cases that lose stay in the table. bench/README.md
+says what is measured, and how.
 """
 
 from __future__ import annotations
@@ -37,9 +38,12 @@ PATTERNS = ("uniform", "zipf")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SPARSE = 0.1  # the density where a batch, a shape or a pattern is not the first
 QUICK = (3072, 768)  # at ROWS[0]
+GPU_ROWS = (4096, 1, 16, 128, 1024)
+GPU_SHAPES = ((4096, 4096), (4096, 1024), (1024, 4096), (14336, 4096))
 
 # Columns of the table; all but dense run where they can.
 PEERS = ("dense", "masked", "bsr", "scipy", "sparselab")
+GPU_PEERS = ("dense", "masked", "bsr", "2:4")
 
 
 @dataclass(frozen=True)
@@ -56,12 +60,13 @@ class Problem:
 
 def grid() -> Iterator[Problem]:
     """The cases of the table: one axis is varied at a time."""
-    for *first, block, density, dtype in itertools.product(
-        ROWS, SHAPES, PATTERNS, BLOCKS, DENSITIES, DTYPES
-    ):
+    gpu = harness.on_gpu()
+    axes = GPU_ROWS if gpu else ROWS, GPU_SHAPES if gpu else SHAPES, PATTERNS
+    everywhere = DTYPES if gpu else ("float32",)
+    for *first, block, density, dtype in itertools.product(*axes, BLOCKS, DENSITIES, DTYPES):
         rows, shape, pattern = first
-        moved = sum(x != axis[0] for x, axis in zip(first, (ROWS, SHAPES, PATTERNS), strict=True))
-        if moved == 0 or (moved == 1 and density == SPARSE and dtype == "float32"):
+        moved = sum(x != axis[0] for x, axis in zip(first, axes, strict=True))
+        if moved == 0 or (moved == 1 and density == SPARSE and dtype in everywhere):
             yield Problem(rows, shape, block, density, pattern, dtype)
 
 
@@ -140,7 +145,13 @@ def passes(
         "dense": step(lambda: linear(x, dense), dense, want["dw"]),
         "masked": step(lambda: linear(x, dense * ones), dense, want["dw"] * ones),
     }
-    if dtype == torch.float32:  # the others have no bfloat16
+    if harness.on_gpu():
+        forward |= {
+            name: peer
+            for name, peer in gpu_peers(problem, x.detach(), dense.detach(), no_grad, want["y"])
+            if harness.runs(f"{name}, {problem.dtype}", peer)
+        }
+    elif dtype == torch.float32:  # the others have no bfloat16
         x_t = x.detach().t().contiguous()  # the layout that they want, and not timed
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse BSR tensor support is in beta")
@@ -184,6 +195,37 @@ def passes(
     yield "fwd+bwd", 3 * work, 3 * traffic, both
 
 
+def gpu_peers(
+    problem: Problem,
+    x: Tensor,
+    dense: Tensor,
+    no_grad: Callable[[Callable[[], Any], Tensor], Call],
+    y: Tensor,
+) -> Iterator[tuple[str, Call]]:
+    """torch's own sparse products on a GPU; they may raise when they run."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse BSR tensor support is in beta")
+        bsr = dense.to_sparse_bsr((problem.block, problem.block))
+    if dense.dtype == torch.float32:
+        x_t = x.t().contiguous()
+        yield "bsr", no_grad(lambda: bsr @ x_t, y.t())
+    else:
+        yield "bsr", no_grad(lambda: linear(x, bsr), y)
+    # Two of every four weights, of any values: as much work as half of the blocks.
+    if problem.density == 0.5 and dense.dtype == torch.bfloat16:
+        half = torch.randn_like(dense) * torch.tensor([1, 0, 1, 0]).repeat(dense.shape[1] // 4)
+        half = half.to(dense.dtype)
+        expected = x.double() @ half.double().t()
+        made: list[Tensor] = []  # when it is first run, since to make it may raise as well
+
+        def run() -> Tensor:
+            if not made:
+                made.append(torch.sparse.to_sparse_semi_structured(half))
+            return linear(x, made[0])
+
+        yield "2:4", no_grad(run, expected)
+
+
 def sparselab_layer(sparselab: ModuleType, dense: Tensor) -> tuple[Any, Tensor]:
     """Its layer with our weights, and which of its padded slots hold one; block 1, row order."""
     # Transposes are cached by id(), which a new matrix may share with one that is gone.
@@ -225,10 +267,10 @@ def measured(
     seconds: float,
 ) -> Iterator[dict[str, Any]]:
     """The rows of a problem, one a pass; cells of peers that do not run it are None."""
-    clock, clock_name = harness.clock()
+    timer, clock_name = harness.timer()
     peak = peaks[problem.dtype]
     for name, work, traffic, calls in passes(problem, modules):
-        times = harness.measure(calls, seconds, clock)
+        times = harness.measure(calls, seconds, timer)
         ours = times["ours"].seconds
         row: dict[str, Any] = {
             "pass": name,
@@ -248,12 +290,16 @@ def measured(
             "error": times["ours"].error,
             "dense error": times["dense"].error,
         }
-        for other in PEERS:
+        for other in peers():
             timing = times.get(other)
             row[f"{other} ms"] = timing and timing.seconds * 1e3
             row[f"x {other}"] = timing and timing.seconds / ours
             row[f"{other} calls"] = timing and timing.calls
         yield row | {"peak GFLOP/s": peak / 1e9, "read GB/s": bandwidth / 1e9}
+
+
+def peers() -> tuple[str, ...]:
+    return GPU_PEERS if harness.on_gpu() else PEERS
 
 
 def printed(row: Mapping[str, Any]) -> dict[str, str]:
@@ -263,10 +309,10 @@ def printed(row: Mapping[str, Any]) -> dict[str, str]:
         for key in ("pass", "dtype", "rows", "shape", "block", "density", "pattern")
     }
     shown |= {key: harness.text(row[key]) for key in ("ours ms", "GFLOP/s", "of peak", "of read")}
-    for other in PEERS:
+    for other in peers():
         factor = row[f"x {other}"]
         shown[f"x {other}"] = harness.text(factor) + (" <" if factor and factor < 1 else "")
-    counts = [row["calls"], *(row[f"{other} calls"] for other in PEERS)]
+    counts = [row["calls"], *(row[f"{other} calls"] for other in peers())]
     return shown | {"calls": str(min(count for count in counts if count))}
 
 
@@ -279,34 +325,42 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="one batch, shape and density, float32"
     )
-    parser.add_argument("--rows", type=int, nargs="+", choices=ROWS, default=ROWS)
+    parser.add_argument("--rows", type=int, nargs="+")
     parser.add_argument("--shape", type=int, nargs=2, metavar=("N", "K"), action="append")
     parser.add_argument("--blocks", type=int, nargs="+", choices=BLOCKS, default=BLOCKS)
     parser.add_argument("--dtype", choices=DTYPES)
     parser.add_argument("--threads", type=harness.positive, default=torch.get_num_threads())
+    harness.device_argument(parser)
     harness.output_arguments(parser)
     args = parser.parse_args()
-    shapes = [tuple(shape) for shape in args.shape or SHAPES]
+    harness.set_device(parser, args.device)
+    quick = (GPU_ROWS[0], GPU_SHAPES[1]) if harness.on_gpu() else (ROWS[0], QUICK)
+    every = list(grid())
     problems = [
         p
-        for p in grid()
-        if p.rows in args.rows
-        and p.shape in shapes
+        for p in every
+        if p.rows in (args.rows or [p.rows])
+        and p.shape in [tuple(shape) for shape in args.shape or [p.shape]]
         and p.block in args.blocks
         and p.dtype in (args.dtype or DTYPES)
-        and (not args.quick or (p.rows, p.shape) == (ROWS[0], QUICK))
+        and (not args.quick or (p.rows, p.shape) == quick)
     ]
     if not problems:
-        parser.error(f"expected a part of the grid (shapes {SHAPES}), got nothing of it")
+        rows, shapes = ({getattr(p, axis) for p in every} for axis in ("rows", "shape"))
+        parser.error(
+            f"expected a part of the grid (rows {sorted(rows)}, shapes {sorted(shapes)}), "
+            "got nothing of it"
+        )
     torch.set_num_threads(args.threads)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # sparselab brings an OpenMP of its own
 
     print(", ".join(f"{name} {value}" for name, value in harness.environment().items()))
-    modules = {name: harness.peer(name) for name in ("scipy", "sparselab")}
-    clock, clock_name = harness.clock()
+    others = () if harness.on_gpu() else ("scipy", "sparselab")
+    modules = {name: harness.peer(name) for name in others}
+    timer, clock_name = harness.timer()
     dtypes = sorted({problem.dtype for problem in problems})
-    peaks = {dtype: harness.peak_flops(DTYPES[dtype], clock) for dtype in dtypes}
-    bandwidth = harness.read_bandwidth(clock)
+    peaks = {dtype: harness.peak_flops(DTYPES[dtype], timer) for dtype in dtypes}
+    bandwidth = harness.read_bandwidth(timer)
     for dtype, peak in peaks.items():
         print(f"peak, {dtype}: {peak / 1e9:.0f} GFLOP/s")
     print(f"read bandwidth: {bandwidth / 1e9:.0f} GB/s; {clock_name} time; < marks what loses")

@@ -3,12 +3,16 @@
 Every result is compared with the reference before anything is timed. Calls then take turns, in an
 order that is drawn anew for every round, so that noise, clock speed and what the call before left
 in the caches hit all alike. What is reported is the median.
+
+On a GPU (``--device cuda``) everything is made there, since :func:`set_device` makes it torch's
+default device, and calls are timed by :class:`CudaTimer`.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import importlib
 import importlib.metadata
 import json
@@ -24,7 +28,7 @@ from typing import Any
 
 import torch
 
-from secateur import _C
+from secateur import _C, build_info
 from secateur.costs import processor
 
 CALLS = 15  # of every function at least, but
@@ -32,7 +36,10 @@ FEWEST = 5  # where one call takes longer than
 SLOW = 0.5  # seconds
 PEERS = ("numpy", "scipy", "sparselab")
 
+FLUSH = 2**28  # bytes: twice the L2 of any GPU so far
+
 Clock = Callable[[], float]
+Timer = Callable[[Callable[[], Any]], float]  # seconds that a call takes
 
 
 @dataclass(frozen=True)
@@ -43,10 +50,12 @@ class Call:
         run: the call.
         check: raises where the result is wrong, and may return how far it is off; None for the
             reference itself, and for a yardstick of which only the time matters.
+        prepare: runs before every call and is not timed.
     """
 
     run: Callable[[], Any]
     check: Callable[[Any], float | None] | None = None
+    prepare: Callable[[], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,13 +67,13 @@ class Timing:
     error: float | None
 
 
-def measure(calls: Mapping[str, Call], seconds: float, clock: Clock) -> dict[str, Timing]:
+def measure(calls: Mapping[str, Call], seconds: float, timer: Timer) -> dict[str, Timing]:
     """Check all results, then time the calls by turns.
 
     Args:
         calls: by name.
         seconds: how long to go on in all, once each was called ``CALLS`` times.
-        clock: seconds since some moment; see :func:`clock`.
+        timer: see :func:`timer`.
 
     Returns:
         The timings by name. A call that takes more than ``SLOW`` seconds leaves after ``FEWEST``
@@ -75,6 +84,8 @@ def measure(calls: Mapping[str, Call], seconds: float, clock: Clock) -> dict[str
     """
     errors: dict[str, float | None] = {}
     for name, call in calls.items():
+        if call.prepare:
+            call.prepare()
         result = call.run()
         try:
             errors[name] = call.check(result) if call.check else None
@@ -86,9 +97,9 @@ def measure(calls: Mapping[str, Call], seconds: float, clock: Clock) -> dict[str
     while active and (rounds < CALLS or spent < seconds):
         shuffle(active)
         for name in active:
-            before = clock()
-            calls[name].run()
-            times[name].append(clock() - before)
+            if prepare := calls[name].prepare:
+                prepare()
+            times[name].append(timer(calls[name].run))
             spent += times[name][-1]
         rounds += 1
         if rounds == FEWEST:
@@ -103,34 +114,94 @@ def clock() -> tuple[Clock, str]:
     return time.perf_counter, "wall"
 
 
-def peak_flops(dtype: torch.dtype, clock: Clock) -> float:
-    """The highest rate of multiply-adds that torch reaches on its threads, in FLOP/s.
+def timer() -> tuple[Timer, str]:
+    """How calls are timed on torch's default device, and what that is called in tables."""
+    if on_gpu():
+        return CudaTimer(), "cuda"
+    read, name = clock()
 
-    It is that of a 7x7 convolution without padding, whose operands stay in registers and L1: 97 %
-    of a loop of nothing but multiply-adds on an AMD Zen 4, where a matrix product reaches 90 %. The
+    def timed(run: Callable[[], Any]) -> float:
+        before = read()
+        run()
+        return read() - before
+
+    return timed, name
+
+
+class CudaTimer:
+    """Times a call by events on its stream, with nothing of its operands in L2.
+
+    What empties L2 is queued first and is still running when the call is launched: short kernels
+    are not timed by how fast Python launches them, unless a call waits for the GPU itself.
+    """
+
+    def __init__(self) -> None:
+        self._flush = torch.empty(FLUSH, dtype=torch.uint8)
+
+    def __call__(self, run: Callable[[], Any]) -> float:
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flush.zero_()
+        before.record()
+        run()
+        after.record()
+        after.synchronize()
+        return before.elapsed_time(after) / 1e3
+
+
+def on_gpu() -> bool:
+    """Whether torch's default device is a GPU."""
+    return torch.get_default_device().type == "cuda"
+
+
+def generator(seed: int) -> torch.Generator:
+    """Of random numbers on torch's default device."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
+def peak_flops(dtype: torch.dtype, timer: Timer) -> float:
+    """The highest rate of multiply-adds that torch reaches, in FLOP/s.
+
+    On a GPU it is that of a matrix product of 8192 x 8192 x 8192. On the threads of a CPU it is
+    that of a 7x7 convolution without padding, whose operands stay in registers and L1: 97 % of a
+    loop of nothing but multiply-adds on an AMD Zen 4, where a matrix product reaches 90 %. The
     shortest call counts, because this is a ceiling.
     """
+    if on_gpu():
+        a, b = (torch.randn(8192, 8192).to(dtype) for _ in range(2))
+        return 2 * 8192**3 / _shortest(lambda: a @ b, timer)
     side, kernel, channels, images = 34, 7, 64, 8
     x = torch.randn(images, channels, side, side).to(dtype)
     weight = torch.randn(channels, channels, kernel, kernel).to(dtype)
     work = 2 * images * (side - kernel + 1) ** 2 * channels**2 * kernel**2
     with torch.no_grad():
-        return work / _shortest(lambda: torch.nn.functional.conv2d(x, weight), clock)
+        return work / _shortest(lambda: torch.nn.functional.conv2d(x, weight), timer)
 
 
-def read_bandwidth(clock: Clock) -> float:
+def read_bandwidth(timer: Timer) -> float:
     """Bytes a second of torch's sum over 1 GiB, which no cache holds."""
     x = torch.ones(2**28)  # not zeros: those may be one page, mapped many times
-    return x.nbytes / _shortest(x.sum, clock)
+    return x.nbytes / _shortest(x.sum, timer)
 
 
-def _shortest(call: Callable[[], Any], clock: Clock) -> float:
-    times = []
-    for _ in range(1 + CALLS):
-        before = clock()
-        call()
-        times.append(clock() - before)
-    return min(times[1:])
+def _shortest(call: Callable[[], Any], timer: Timer) -> float:
+    return min([timer(call) for _ in range(1 + CALLS)][1:])
+
+
+def runs(name: str, call: Call) -> bool:
+    """Whether a peer can do this, and right; where not, a line says why, once for each reason."""
+    try:
+        result = call.run()
+        if call.check:
+            call.check(result)
+    except (RuntimeError, NotImplementedError, ImportError) as error:
+        _say_once(f"{name} is left out where it does not run: {str(error).splitlines()[0]}")
+        return False
+    return True
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    print(line)
 
 
 def peer(name: str) -> ModuleType | None:
@@ -168,6 +239,17 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "secateur": _C.build_info()["version"],
         **{name: _version(name) for name in PEERS},
+        **(_gpu() if on_gpu() else {}),
+    }
+
+
+def _gpu() -> dict[str, Any]:
+    major, minor = torch.cuda.get_device_capability()
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "capability": f"{major}.{minor}",
+        "cuda": torch.version.cuda,
+        "kernels": build_info()["cuda"],
     }
 
 
@@ -176,6 +258,20 @@ def _version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "missing"
+
+
+def device_argument(parser: argparse.ArgumentParser) -> None:
+    """The option that :func:`set_device` takes."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+
+
+def set_device(parser: argparse.ArgumentParser, device: str) -> None:
+    """Make it torch's default device, or leave with a message where there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error(
+            f"expected a GPU for --device cuda, got none that torch {torch.__version__} has"
+        )
+    torch.set_default_device(device)
 
 
 def output_arguments(parser: argparse.ArgumentParser) -> None:

@@ -61,7 +61,7 @@ def row(w: Tensor, g: Tensor, n: int, m: int, seconds: float) -> dict[str, Any]:
     def ours() -> Tensor:
         return ops.nm_mask(w, g, formula="taylor", n=n, m=m)
 
-    clock, clock_name = harness.clock()
+    timer, clock_name = harness.timer()
     expected = scores()
     timings = harness.measure(
         {
@@ -75,7 +75,7 @@ def row(w: Tensor, g: Tensor, n: int, m: int, seconds: float) -> dict[str, Any]:
             "dot": Call(lambda: torch.dot(w.flatten(), g.flatten())),
         },
         seconds,
-        clock,
+        timer,
     )
     times = {name: timing.seconds for name, timing in timings.items()}
     return {
@@ -96,14 +96,16 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="2 M elements, short timings")
     parser.add_argument("--size", type=int, default=4096, help="rows and, about, columns")
     parser.add_argument("--threads", type=harness.positive, help="default: torch's")
+    harness.device_argument(parser)
     harness.output_arguments(parser)
     args = parser.parse_args()
+    harness.set_device(parser, args.device)
     size, seconds = (1448, 1.0) if args.quick else (args.size, 8.0)
     if args.threads:
         torch.set_num_threads(args.threads)
 
     rows: list[dict[str, Any]] = []
-    generator = torch.Generator().manual_seed(0)
+    generator = harness.generator(0)
     for dtype in (torch.float32, torch.bfloat16):
         for n, m in PATTERNS if dtype == torch.float32 else ((2, 4), (4, 8)):
             # The peers want groups that fill the rows.

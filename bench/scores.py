@@ -26,7 +26,7 @@ def in_blocks(x: Tensor, size: int) -> Tensor:
 
 def cases(n: int, k: int, dtype: torch.dtype) -> Iterator[tuple[str, Run, Run, int]]:
     """(name, ours, torch's, bytes)."""
-    generator = torch.Generator().manual_seed(0)
+    generator = harness.generator(0)
     w, g = (torch.randn(n, k, generator=generator).to(dtype) for _ in range(2))
     state = torch.rand(n, k, generator=generator)
     total = w.float().abs().sum().item()
@@ -81,13 +81,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="1024 x 2048, short timings")
     parser.add_argument("--shape", type=int, nargs=2, default=(4096, 4096), metavar=("N", "K"))
     parser.add_argument("--threads", type=harness.positive, help="default: torch's")
+    harness.device_argument(parser)
     harness.output_arguments(parser)
     args = parser.parse_args()
+    harness.set_device(parser, args.device)
     shape, seconds = ((1024, 2048), 1.0) if args.quick else (tuple(args.shape), 4.0)
     if args.threads:
         torch.set_num_threads(args.threads)
 
-    clock, clock_name = harness.clock()
+    timer, clock_name = harness.timer()
 
     def check(result: Tensor, expected: Tensor) -> None:
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-12)
@@ -99,7 +101,7 @@ def main() -> None:
                 "ours": harness.Call(ours, lambda result, theirs=theirs: check(result, theirs())),
                 "torch": harness.Call(theirs),  # the reference itself
             }
-            times = harness.measure(calls, seconds, clock)
+            times = harness.measure(calls, seconds, timer)
             our_time, their_time = times["ours"].seconds, times["torch"].seconds
             rows.append(
                 {

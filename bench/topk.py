@@ -6,7 +6,8 @@ torch's ``topk`` or numpy's ``partition``. ``prune`` is torch.nn.utils.prune.glo
 with the scores as importance; it multiplies weights by masks as well, and needs scores that are not
 negative. ``dot`` is ``torch.dot`` over the same weights and gradients: the time it takes to read
 them once. ``--quick`` takes under a minute. ``--alone`` leaves the peers out, whose copies would
-not fit where the scores barely do, and says how much memory a selection takes.
+not fit where the scores barely do, and says how much memory a selection takes. On a GPU there is no
+``partition``.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ PEERS = ("kthvalue", "topk", "partition", "prune")
 
 def tensors(numel: int, count: int, seed: int) -> list[Tensor]:
     """``count`` tensors of mixed sizes, ``numel`` elements in all."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = harness.generator(seed)
     shares = [1 + i % 7 for i in range(count)]
     sizes = [numel * share // sum(shares) for share in shares]
     sizes[-1] += numel - sum(sizes)
@@ -149,9 +150,12 @@ def given(
 def alone(weights: list[Tensor], grads: list[Tensor], keep: int, seconds: float) -> dict[str, Any]:
     """|g * w| without peers, and the memory it takes."""
     select = partial(ops.select, weights, grads, formula="taylor", keep=keep)
-    before = peak_memory()
+    if harness.on_gpu():
+        torch.cuda.reset_peak_memory_stats()  # to what is there now
+    peak = torch.cuda.max_memory_allocated if harness.on_gpu() else peak_memory
+    before = peak()
     bits = select()
-    taken = peak_memory() - before
+    taken = peak() - before
     masks = (ops.unpack_mask(b, w.shape) for b, w in zip(bits, weights, strict=True))
     scores = ((w * g).abs() for w, g in zip(weights, grads, strict=True))
     check_peer(masks, scores, keep, exact=True)
@@ -169,8 +173,8 @@ def alone(weights: list[Tensor], grads: list[Tensor], keep: int, seconds: float)
 def timed(
     name: str, keep: int, calls: dict[str, Call], read: int, seconds: float
 ) -> dict[str, Any]:
-    clock, clock_name = harness.clock()
-    timings = harness.measure(calls, seconds, clock)
+    timer, clock_name = harness.timer()
+    timings = harness.measure(calls, seconds, timer)
     ours, dot = timings["ours"].seconds, timings["dot"].seconds
     row: dict[str, Any] = {
         "clock": clock_name,
@@ -192,15 +196,22 @@ def timed(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="2 M scores, short timings")
-    parser.add_argument("--numel", type=int, default=16_000_000, help="scores in all")
+    parser.add_argument(
+        "--numel",
+        type=int,
+        help="scores in all; default 16 M, on a GPU 100 M",
+    )
     parser.add_argument("--tensors", type=int, default=50, help="in how many tensors")
     parser.add_argument("--threads", type=harness.positive, help="default: torch's")
     parser.add_argument(
         "--alone", action="store_true", help="no peers; says how much memory it took"
     )
+    harness.device_argument(parser)
     harness.output_arguments(parser)
     args = parser.parse_args()
-    numel, seconds = (2_000_000, 1.0) if args.quick else (args.numel, 8.0)
+    harness.set_device(parser, args.device)
+    numel = args.numel or (100_000_000 if harness.on_gpu() else 16_000_000)
+    numel, seconds = (2_000_000, 1.0) if args.quick else (numel, 8.0)
     if args.threads:
         torch.set_num_threads(args.threads)
 
@@ -211,7 +222,7 @@ def main() -> None:
         harness.save(rows, args)
         return
     steps = [torch.randint(0, 252, w.shape) for w in weights]
-    numpy = harness.peer("numpy")
+    numpy = None if harness.on_gpu() else harness.peer("numpy")
     rows = [
         fused(weights, grads, numel * percent // 100, seconds, numpy) for percent in (1, 10, 50)
     ]

@@ -89,6 +89,7 @@ PYBIND11_MODULE(_C, m) {
         info["version"] = SECATEUR_VERSION;
         info["torch"] = SECATEUR_TORCH_VERSION;
         info["compiler"] = __VERSION__;
+        info["cuda"] = SECATEUR_CUDA_BUILD;
         return info;
       },
       "Versions this binary was built with.");

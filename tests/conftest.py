@@ -25,3 +25,16 @@ def isa(request: pytest.FixtureRequest, restore: None) -> str:
     name: str = request.param
     _C.set_isa(name)
     return name
+
+
+# Where kernels run: the instruction sets of this machine, and its GPU.
+PLACES = [*_C.supported_isas(), *(["CUDA"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(params=PLACES)
+def place(request: pytest.FixtureRequest, restore: None) -> torch.device:
+    """The device of every place in turn, its instruction set chosen."""
+    if request.param == "CUDA":
+        return torch.device("cuda")
+    _C.set_isa(request.param)
+    return torch.device("cpu")

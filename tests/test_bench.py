@@ -19,14 +19,16 @@ SMALL = block_sparse.Problem(8, (64, 32), 8, 0.25, "uniform", "float32")
 
 
 class Machine:
-    """Calls that take as long as they are told on a clock of their own."""
+    """Calls that take as long as they are told, by a timer of its own."""
 
     def __init__(self) -> None:
         self.now = 0.0
         self.called: list[str] = []
 
-    def clock(self) -> float:
-        return self.now
+    def timer(self, run: Callable[[], Any]) -> float:
+        before = self.now
+        run()
+        return self.now - before
 
     def takes(self, name: str, seconds: float) -> Callable[[], str]:
         def run() -> str:
@@ -42,26 +44,22 @@ def refuse(result: Any) -> None:
 
 
 def test_a_wrong_result_raises_before_anything_is_timed() -> None:
-    machine, looked = Machine(), []
-
-    def clock() -> float:
-        looked.append(machine.now)
-        return machine.now
+    machine = Machine()
 
     calls = {
         "right": Call(machine.takes("right", 1e-3), lambda result: None),
         "wrong": Call(machine.takes("wrong", 1e-3), refuse),
     }
     with pytest.raises(RuntimeError, match="wrong is wrong: expected something else"):
-        harness.measure(calls, 0.1, clock)
-    assert (machine.called, looked) == (["right", "wrong"], [])
+        harness.measure(calls, 0.1, pytest.fail)
+    assert machine.called == ["right", "wrong"]
 
 
 def test_calls_take_turns_in_an_order_that_changes() -> None:
     machine = Machine()
     names = ["ours", "dense", "peer"]
     calls = {name: Call(machine.takes(name, 1e-3)) for name in names}
-    harness.measure(calls, 0.0, machine.clock)
+    harness.measure(calls, 0.0, machine.timer)
     timed = machine.called[len(names) :]
     rounds = [timed[i : i + len(names)] for i in range(0, len(timed), len(names))]
     assert [sorted(r) for r in rounds] == [sorted(names)] * harness.CALLS
@@ -75,15 +73,62 @@ def test_the_median_of_at_least_15_calls_and_of_5_where_one_is_slow() -> None:
         "short": Call(lambda: machine.takes("short", next(lengths))()),
         "long": Call(machine.takes("long", 0.6)),
     }
-    times = harness.measure(calls, 0.0, machine.clock)
+    times = harness.measure(calls, 0.0, machine.timer)
     assert (times["short"].calls, times["long"].calls) == (15, 5)
     assert times["short"].seconds == pytest.approx(0.2)
+
+
+def test_what_a_call_needs_is_prepared_each_time_and_not_timed() -> None:
+    machine = Machine()
+    calls = {"a": Call(machine.takes("a", 1e-3), prepare=machine.takes("fresh", 9.0))}
+    assert harness.measure(calls, 0.0, machine.timer)["a"].seconds == pytest.approx(1e-3)
+    assert machine.called == ["fresh", "a"] * (1 + harness.CALLS)
+
+
+def test_on_a_gpu_the_time_is_that_between_two_events_after_l2_is_emptied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            done.append("record")
+
+        def synchronize(self) -> None:
+            done.append("wait")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 2.0  # milliseconds
+
+    class Buffer:
+        def zero_(self) -> None:
+            done.append("flush")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch, "empty", lambda *size, dtype: Buffer())
+    monkeypatch.setattr(torch, "get_default_device", lambda: torch.device("cuda"))
+    timer, name = harness.timer()
+    assert (timer(lambda: done.append("run")), name) == (2e-3, "cuda")
+    assert done == ["flush", "record", "run", "record", "wait"]
+
+
+def test_a_peer_that_cannot_do_it_is_left_out_and_named_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert harness.runs("fine", Call(lambda: 1))
+    assert not harness.runs("bsr", Call(lambda: refuse("x")))
+    assert not harness.runs("bsr", Call(lambda: refuse("x")))
+    line = "bsr is left out where it does not run: expected something else, got x\n"
+    assert capsys.readouterr().out == line
 
 
 def test_short_calls_go_on_as_long_as_asked() -> None:
     machine = Machine()
     calls = {name: Call(machine.takes(name, 1e-3)) for name in ("a", "b")}
-    assert harness.measure(calls, 0.5, machine.clock)["a"].calls == 250
+    assert harness.measure(calls, 0.5, machine.timer)["a"].calls == 250
 
 
 @pytest.mark.usefixtures("restore")
@@ -91,7 +136,7 @@ def test_one_thread_is_measured_in_cpu_time() -> None:
     names = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        names.append(harness.clock()[1])
+        names.append(harness.timer()[1])
     assert names == ["cpu", "wall"]
 
 

@@ -181,6 +181,20 @@ for spec in ops.SPECS:
     assert set(in_new_process(code).split()) == set(expected)
 
 
+def test_build_info_tells_of_the_kernels(kernels: dict[str, dict[str, Kernel]]) -> None:
+    assert _cuda.build_info()["cuda"].endswith(f" for {', '.join(ARCHITECTURES)}, compute_80")
+
+
+def test_build_info_tells_whether_the_kernels_are_loaded() -> None:
+    show = "\nimport secateur\nprint(secateur.build_info()['cuda_kernels'])"
+    if torch.version.cuda is None:
+        assert in_new_process(show) == f"not loaded: torch {torch.__version__} has no CUDA"
+    there = "Path.exists = lambda path: True\ntorch.ops.load_library = id"
+    assert in_new_process(WITH_CUDA + there + show) == "loaded"
+    missing = "Path.exists = lambda path: False"
+    assert in_new_process(WITH_CUDA + missing + show).startswith("not loaded: expected secateur")
+
+
 WITH_CUDA = "import torch; torch.version.cuda = '13.0'\nfrom pathlib import Path\n"
 # The dispatcher takes what it is given for CUDA tensors, so any torch can ask for the kernel.
 CALL = """

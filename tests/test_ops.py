@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_emulator.ops import SPECS as CUDA_SPECS
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from secateur import ops
 from secateur.ops._spec import OpSpec
 
 CPU = torch.device("cpu")
+DEVICES = [CPU, torch.device("cuda")] if torch.cuda.is_available() else [CPU]
 
 # One table for all ops: (relative to each element, relative to the largest element). Kernel and
 # reference both round to the dtype at the end, so 16-bit results are neighbours at most: one eps. A
@@ -52,14 +54,22 @@ def check_close(actual: Any, expected: Any, exact: bool, case: str) -> None:
             )
 
 
+def to_cpu(values: Any) -> Any:
+    return tree_map_only(torch.Tensor, torch.Tensor.cpu, values)
+
+
 @pytest.mark.parametrize(("spec", "dtype"), CASES)
-def test_matches_reference(spec: OpSpec, dtype: torch.dtype, isa: str) -> None:
-    samples = list(spec.samples(dtype, CPU))
+def test_matches_reference(spec: OpSpec, dtype: torch.dtype, place: torch.device) -> None:
+    samples = list(spec.samples(dtype, place))
     assert samples
     for sample in samples:
-        ours, theirs = sample.args, copy.deepcopy(sample.args)
+        ours, theirs = sample.args, to_cpu(copy.deepcopy(sample.args))
+        if place.type == "cuda" and spec not in CUDA_SPECS:
+            with pytest.raises(NotImplementedError, match=f"{spec.name}: .* has no kernel"):
+                spec.op(*ours)
+            continue
         got, want = spec.op(*ours), spec.reference(*theirs)
-        check_close((got, ours), (want, theirs), spec.exact, sample.name)
+        check_close(to_cpu((got, ours)), (want, theirs), spec.exact, sample.name)
 
 
 @pytest.mark.usefixtures("restore")
@@ -73,10 +83,19 @@ def test_thread_count_does_not_matter(spec: OpSpec, dtype: torch.dtype) -> None:
     check_close(results[1], results[0], exact=True, case="1 and 2 threads")
 
 
-@pytest.mark.parametrize("spec", ops.SPECS, ids=lambda spec: spec.name)
-def test_opcheck(spec: OpSpec) -> None:
+# Of ops that run there.
+ON_DEVICES = [
+    pytest.param(spec, device, id=f"{spec.name}-{device}")
+    for spec in ops.SPECS
+    for device in DEVICES
+    if device == CPU or spec in CUDA_SPECS
+]
+
+
+@pytest.mark.parametrize(("spec", "device"), ON_DEVICES)
+def test_opcheck(spec: OpSpec, device: torch.device) -> None:
     dtype = spec.dtypes[0]
-    for sample in spec.samples(dtype, CPU):
+    for sample in spec.samples(dtype, device):
         args = sample.args
         if spec.differentiable:
             args = tree_map_only(
@@ -90,14 +109,13 @@ def test_opcheck(spec: OpSpec) -> None:
             torch.library.opcheck(spec.op, args)
 
 
-DIFFERENTIABLE = [spec for spec in ops.SPECS if spec.differentiable]
-
-
-@pytest.mark.parametrize("spec", DIFFERENTIABLE, ids=lambda spec: spec.name)
+@pytest.mark.parametrize(
+    ("spec", "device"), [case for case in ON_DEVICES if case.values[0].differentiable]
+)
 @pytest.mark.parametrize("second", [False, True], ids=["gradcheck", "gradgradcheck"])
-def test_gradients(spec: OpSpec, second: bool) -> None:
+def test_gradients(spec: OpSpec, device: torch.device, second: bool) -> None:
     check = torch.autograd.gradgradcheck if second else torch.autograd.gradcheck
-    for sample in spec.samples(torch.float64, CPU):
+    for sample in spec.samples(torch.float64, device):
         args = tree_map_only(
             torch.Tensor, lambda t: t.detach().requires_grad_(t.is_floating_point()), sample.args
         )

@@ -2,7 +2,6 @@
 
 from secateur import nn as nn
 from secateur import ops as ops
-from secateur._C import build_info
 from secateur.checkpoint import load, save
 from secateur.costs import Cost, CostTable, cost, cost_table
 from secateur.criteria import (
@@ -19,6 +18,7 @@ from secateur.criteria import (
 from secateur.curvature import hutchinson_diagonal
 from secateur.granularity import Block, Element, Granularity
 from secateur.nn import BlockSparseLinear, densify, sparsify
+from secateur.ops import build_info
 from secateur.pruner import Pruner, prune_
 from secateur.schedules import (
     Cubic,

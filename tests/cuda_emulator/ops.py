@@ -29,13 +29,21 @@ class EmulatedOps:
     Args:
         namespace: where they are registered, ``torch.ops.<namespace>``.
         kernels: the .cu files.
+        glue: the C++ files that register their ops; others of ``SPECS`` cannot be called.
         checked: whether every access is checked.
     """
 
-    def __init__(self, namespace: str, kernels: Sequence[Path] = KERNELS, *, checked: bool) -> None:
+    def __init__(
+        self,
+        namespace: str,
+        kernels: Sequence[Path] = KERNELS,
+        glue: Sequence[Path] = GLUE,
+        *,
+        checked: bool,
+    ) -> None:
         # The glue registers for secateur_emulated; several libraries may live in one process.
         renamed = f"-Dsecateur_emulated={namespace}"
-        path = library(kernels, GLUE, checked=checked, flags=[renamed])
+        path = library(kernels, glue, checked=checked, flags=[renamed])
         self._library = torch.library.Library(namespace, "DEF")
         for spec in SPECS:
             self._library.define(str(spec.op._schema).removeprefix("secateur::"))

@@ -11,6 +11,7 @@ from secateur.ops import mask as _mask
 from secateur.ops import nm as _nm
 from secateur.ops import score as _score
 from secateur.ops import topk as _topk
+from secateur.ops._cuda import build_info
 from secateur.ops._spec import OpSpec
 from secateur.ops.block_sparse import block_sparse_linear
 from secateur.ops.mask import mask_, pack_mask, unpack_mask
@@ -46,6 +47,7 @@ __all__ = [
     "SPECS",
     "NonFiniteScoreError",
     "block_sparse_linear",
+    "build_info",
     "compute_dtype",
     "histogram",
     "key_range",

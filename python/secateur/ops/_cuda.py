@@ -8,12 +8,26 @@ from typing import Any, NoReturn
 
 import torch
 
+from secateur import _C
+
 LIBRARY = Path(__file__).parent.parent / "libsecateur_cuda.so"
 
 _HOW = "install it from source where nvcc is: pip install . -C cmake.define.SECATEUR_CUDA=ON"
 
 # What it registers holds for as long as it lives.
 _refusals = torch.library.Library("secateur", "IMPL")
+_state = f"not loaded: torch {torch.__version__} has no CUDA"
+
+
+def build_info() -> dict[str, str]:
+    """What this secateur was built with, and whether its CUDA kernels are loaded.
+
+    Returns:
+        ``version``; ``torch`` and ``compiler`` of the build; ``cuda``, the nvcc of the CUDA kernels
+        and the architectures they are for, or "none"; ``cuda_kernels``, "loaded" or why they are
+        not.
+    """
+    return {**_C.build_info(), "cuda_kernels": _state}
 
 
 def register(names: Sequence[str]) -> None:
@@ -22,7 +36,9 @@ def register(names: Sequence[str]) -> None:
     Args:
         names: all ops of ``torch.ops.secateur``.
     """
+    global _state
     reason = _load()
+    _state = "loaded" if reason is None else f"not loaded: {reason}"
     for name in names:
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"secateur::{name}", "CUDA"):
             _refuse(
