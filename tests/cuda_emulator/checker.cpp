@@ -259,7 +259,7 @@ bool is_constant(const char* address, size_t bytes) {
 void out_of_bounds(const char* address, size_t bytes, Access kind, const void* program_counter) {
   const auto* const arguments = static_cast<const char*>(state.launch->arguments);
   const bool argument =
-      address >= arguments && address + bytes <= arguments + state.launch->arguments_size;
+      address >= arguments && address + bytes <= arguments + state.launch->code.arguments_size;
   if (kind == Access::Read && (argument || is_constant(address, bytes))) return;
   const std::string where = location(program_counter);
   if (argument || is_constant(address, bytes))
