@@ -74,7 +74,7 @@ void order_warp(uint32_t mask);
 // Every arrival at the declaration of a shared array comes here; the first one of a block fills it
 // with garbage.
 void open_shared(void* array, size_t bytes, const char* name);
-void* dynamic_shared();
+[[gnu::const]] void* dynamic_shared();
 
 void before_atomic(const void* address, size_t bytes, const void* program_counter);
 void fence();

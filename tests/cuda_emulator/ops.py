@@ -9,11 +9,15 @@ from typing import Any
 
 import torch
 
-from cuda_emulator.build import ROOT, Emulator, library, load
+from cuda_emulator.build import ROOT, Emulator, Flavour, library, load
 from secateur import ops
 
 KERNELS = sorted((ROOT / "csrc").glob("*/cuda.cu"))
 GLUE = sorted((ROOT / "csrc").glob("*/op_cuda.cpp"))
+
+# Whose kernels nvcc may contract, as the build has it (cmake/op.cmake).
+CMAKE = (ROOT / "CMakeLists.txt").read_text("utf-8")
+FUSED = [path for path in KERNELS if f"secateur_add_op({path.parent.name} fast)" in CMAKE]
 
 # Ops that have a CUDA kernel.
 SPECS = tuple(
@@ -29,13 +33,15 @@ class EmulatedOps:
     Args:
         namespace: where they are registered, ``torch.ops.<namespace>``.
         kernels: the .cu files.
-        checked: whether every access is checked.
+        flavour: who compiles the kernels.
     """
 
-    def __init__(self, namespace: str, kernels: Sequence[Path] = KERNELS, *, checked: bool) -> None:
+    def __init__(
+        self, namespace: str, kernels: Sequence[Path] = KERNELS, *, flavour: Flavour
+    ) -> None:
         # The glue registers for secateur_emulated; several libraries may live in one process.
         renamed = f"-Dsecateur_emulated={namespace}"
-        path = library(kernels, GLUE, checked=checked, flags=[renamed])
+        path = library(kernels, GLUE, flavour=flavour, flags=[renamed], fused=FUSED)
         self._library = torch.library.Library(namespace, "DEF")
         for spec in SPECS:
             self._library.define(str(spec.op._schema).removeprefix("secateur::"))
