@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_emulator.build import Accumulation, Arrival, Emulator, library, load
+from cuda_emulator.build import Accumulation, Arrival, Emulator, Flavour, library, load
 from torch import Tensor
 
 KERNELS = Path(__file__).parent / "cuda_emulator" / "planted.cu"
@@ -54,12 +54,12 @@ class Wrong(Exception):
 
 @pytest.fixture(scope="module")
 def plain() -> Emulator:
-    return load(library([KERNELS], checked=False))
+    return load(library([KERNELS], flavour=Flavour.PLAIN))
 
 
 @pytest.fixture(scope="module")
 def checked() -> Emulator:
-    return load(library([KERNELS], checked=True))
+    return load(library([KERNELS], flavour=Flavour.CHECKED))
 
 
 def call(emulator: Emulator, name: str, *args: Any) -> None:
@@ -348,7 +348,7 @@ def test_a_source_that_does_not_compile_shows_what_the_compiler_says(tmp_path: P
     source = tmp_path / "bad.cu"
     source.write_text("int x = no_such_name;\n")
     with pytest.raises(RuntimeError, match=r"(?s)compiling bad.cu failed: .*no_such_name"):
-        library([source], checked=False)
+        library([source], flavour=Flavour.PLAIN)
 
 
 def test_lines_that_ran_are_known(tmp_path: Path) -> None:
@@ -366,7 +366,7 @@ extern "C" const char* run(int n, int* out) {
 }
 """
     )
-    emulator = load(library([source], checked=True))
+    emulator = load(library([source], flavour=Flavour.CHECKED))
     out = torch.zeros(10, dtype=torch.int32)
     assert {4, 6} <= emulator.lines(source)[0]
     for n, ran in ((0, {6}), (9, {4, 6})):

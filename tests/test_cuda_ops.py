@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_emulator.build import Flavour, nvcc
 from cuda_emulator.ops import KERNELS, SPECS, EmulatedOps
 from test_ops import CPU, check_close
 
@@ -22,15 +23,27 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def plain() -> EmulatedOps:
-    return EmulatedOps("secateur_emulated", checked=False)
+    return EmulatedOps("secateur_emulated", flavour=Flavour.PLAIN)
 
 
 @pytest.fixture(scope="module")
 def checked() -> EmulatedOps:
-    return EmulatedOps("secateur_checked", checked=True)
+    return EmulatedOps("secateur_checked", flavour=Flavour.CHECKED)
 
 
-@pytest.fixture(params=["plain", pytest.param("checked", marks=pytest.mark.slow_cuda)])
+@pytest.fixture(scope="module")
+def ptx() -> EmulatedOps:
+    if nvcc() is None:
+        pytest.skip("needs nvcc, which makes the PTX")
+    return EmulatedOps("secateur_ptx", flavour=Flavour.PTX)
+
+
+SLOW = pytest.mark.slow_cuda
+
+
+@pytest.fixture(
+    params=["plain", pytest.param("checked", marks=SLOW), pytest.param("ptx", marks=SLOW)]
+)
 def emulated(request: pytest.FixtureRequest) -> EmulatedOps:
     ops: EmulatedOps = request.getfixturevalue(request.param)
     return ops
@@ -70,7 +83,7 @@ def test_a_fault_in_a_kernel_is_an_error_that_names_it(tmp_path: Path) -> None:
     faulty = tmp_path / "faulty.cu"
     faulty.write_text(text.replace(guarded, "bits[i / 8 + 1]"))
     glue = original.with_name("op_cuda.cpp")
-    ops = EmulatedOps("secateur_faulty", [faulty], [glue], checked=True)
+    ops = EmulatedOps("secateur_faulty", [faulty], [glue], flavour=Flavour.CHECKED)
     with pytest.raises(RuntimeError, match=r"out of bounds write .* at faulty.cu:\d+: byte 1 of"):
         ops.call("pack_mask", torch.ones(5, dtype=torch.bool))
     ops.call("pack_mask", torch.ones(9, dtype=torch.bool))

@@ -1,4 +1,7 @@
-"""Compiles .cu files for the emulator, into a shared library that ctypes or torch can load."""
+"""Compiles .cu files for the emulator, into a shared library that ctypes or torch can load.
+
+Their host code is always compiled by the C++ compiler; their kernels too, or by nvcc.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,17 @@ import hashlib
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import Enum, IntEnum
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from cuda_emulator import ptx
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -29,8 +35,10 @@ RUNTIME = (
     "launch.cpp",
     "tensor_cores.cpp",
 )
-# The other half of instrumented code, and what tells the checker of torch's tensors.
+# The other half of instrumented code, of translated code, and what tells the checker of torch's
+# tensors.
 CHECKER = "hooks.cpp"
+PTX = "ptx.cpp"
 BUFFERS = "torch_buffers.cpp"
 # The functions of torch's stable ABI that torch_buffers.cpp stands in front of.
 WRAPPED = (
@@ -41,6 +49,7 @@ WRAPPED = (
     "torch_call_dispatcher",
 )
 
+INCLUDES = (HERE, ROOT / "csrc")
 FLAGS = (
     "-std=c++20",
     "-g1",  # lines for messages
@@ -48,8 +57,7 @@ FLAGS = (
     "-fno-gnu-unique",  # two libraries in one process share nothing
     "-ffp-contract=off",
     "-DSECATEUR_CUDA_EMULATOR",
-    f"-I{HERE}",
-    f"-I{ROOT / 'csrc'}",
+    *(f"-I{path}" for path in INCLUDES),
 )
 PLAIN = "-O2"
 # No optimisation: what a compiler merges, nobody can check, and lines that ran are told exactly.
@@ -61,6 +69,30 @@ INSTRUMENTED = (
     "-include",
     str(HERE / "instrumented.h"),
 )
+# Translated code checks its accesses itself, so it may be optimised; as PTX has it, integers wrap.
+TRANSLATED = ("-O1", "-fwrapv", "-w")
+NVCC = (
+    "-ptx",
+    "-std=c++20",
+    "-lineinfo",
+    "--expt-relaxed-constexpr",
+    "--disable-warnings",
+    *(f"-I{path}" for path in INCLUDES),
+)
+
+
+class Flavour(Enum):
+    """How kernels are compiled.
+
+    Attributes:
+        PLAIN: by the C++ compiler, without checks of accesses.
+        CHECKED: by the C++ compiler, every access checked; three to seven times slower.
+        PTX: by nvcc, to PTX that is translated to C++ (:mod:`ptx`); every access checked.
+    """
+
+    PLAIN = "plain"
+    CHECKED = "checked"
+    PTX = "ptx"
 
 
 class Arrival(IntEnum):
@@ -138,67 +170,130 @@ def run(command: Sequence[str], what: str) -> None:
         raise RuntimeError(f"{what} failed: {shlex.join(command)}\n{done.stderr}")
 
 
-def made(key: str, suffix: str, command: Callable[[str], Sequence[str]], what: str) -> Path:
-    """The file that a command makes, from the cache if it was made before."""
+def made(key: str, suffix: str, make: Callable[[Path], None]) -> Path:
+    """The file that `make` writes, from the cache if it was made before."""
     target = CACHE / (hashlib.sha256(key.encode()).hexdigest()[:32] + suffix)
     if not target.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         # Under another name until it is complete: others may build the same.
         with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
-            output = str(Path(scratch) / target.name)
-            run(command(output), what)
+            output = Path(scratch) / target.name
+            make(output)
             os.replace(output, target)
     return target
 
 
 def compiled(unit: Unit) -> Path:
     key = f"{everything_included()} {unit} {unit.source.read_text('utf-8')}"
-    command = [*compiler(), *unit.flags, "-x", "c++", "-c", str(unit.source)]
-    return made(key, ".o", lambda output: [*command, "-o", output], f"compiling {unit.source.name}")
+    command = [*compiler(), *unit.flags, "-x", "c++", "-c", str(unit.source), "-o"]
+    return made(key, ".o", lambda out: run([*command, str(out)], f"compiling {unit.source.name}"))
+
+
+def nvcc() -> str | None:
+    """The compiler that the PTX flavour needs, if it is there."""
+    return shutil.which("nvcc")
+
+
+@functools.cache
+def nvcc_version() -> str:
+    command = [str(nvcc()), "--version"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def ptx_of(source: Path, arch: str = "compute_80", flags: Sequence[str] = ()) -> Path:
+    """What nvcc makes of a .cu file.
+
+    Raises:
+        RuntimeError: there is no nvcc, or it refuses; with its message.
+    """
+    if nvcc() is None:
+        raise RuntimeError(f"compiling {source.name} to PTX: expected nvcc, found none")
+    command = [str(nvcc()), *NVCC, f"-arch={arch}", *flags, str(source), "-o"]
+    key = f"{everything_included()} {nvcc_version()} {command} {source.read_text('utf-8')}"
+    return made(key, ".ptx", lambda out: run([*command, str(out)], f"nvcc -ptx {source.name}"))
+
+
+def translated(source: Path, host: Unit, flags: Sequence[str]) -> list[Path]:
+    """Objects of a .cu file whose kernels are those of its PTX."""
+    text = ptx_of(source, flags=flags).read_text("utf-8")
+    translator = Path(ptx.__file__).read_text("utf-8")
+    prefix = "ptx_" + hashlib.sha256(text.encode()).hexdigest()[:16]
+    own = tuple(str(path) for path in (source, *INCLUDES))
+
+    def translate(output: Path) -> None:
+        code = ptx.translate(text, prefix, lambda file: file.startswith(own))
+        output.write_text(code, "utf-8")
+
+    code = made(f"{translator} {prefix} {own}", ".cpp", translate)
+    # Translated code takes the place of a kernel that is local to the file: it is found by a name
+    # that the linker sees.
+    names = [
+        f"--{what}={name}"
+        for i, kernel in enumerate(ptx.kernels(text))
+        for what, name in (
+            ("redefine-sym", f"{kernel}={prefix}_{i}"),
+            ("globalize-symbol", f"{prefix}_{i}"),
+        )
+    ]
+    plain = compiled(host)
+    command = ["objcopy", *names, str(plain)]
+    named = made(shlex.join(command), ".o", lambda out: run([*command, str(out)], "naming kernels"))
+    return [named, compiled(Unit(code, (*FLAGS, *TRANSLATED)))]
 
 
 def library(
-    kernels: Iterable[Path], glue: Iterable[Path] = (), *, checked: bool, flags: Sequence[str] = ()
+    kernels: Iterable[Path],
+    glue: Iterable[Path] = (),
+    *,
+    flavour: Flavour,
+    flags: Sequence[str] = (),
+    fused: Collection[Path] = (),
 ) -> Path:
     """Build a library, or find it built already.
 
     Args:
         kernels: .cu files.
         glue: C++ files that launch them, written against torch's stable ABI.
-        checked: whether every access of the kernels is checked, which takes three to seven
-            times as long.
-        flags: further flags of the compiler, for all these files.
+        flavour: who compiles the kernels.
+        flags: further flags of the C++ compiler, for all these files.
+        fused: those of the .cu files in which nvcc may fuse a multiplication and an addition.
 
     Returns:
         The shared library; :func:`load` loads it, or ``torch.ops.load_library`` if it has glue.
 
     Raises:
         RuntimeError: something does not compile or link; with the compiler's message.
+        ptx.PtxError: something in the PTX is not known.
     """
     glue = tuple(glue)
     # The linker keeps the first copy of an inline function: instrumented ones come last.
     units = [Unit(HERE / name, (*FLAGS, PLAIN)) for name in RUNTIME]
     link = ["-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs"]
     libraries = []
-    if checked:
+    if flavour is Flavour.CHECKED:
         units.append(Unit(HERE / CHECKER, (*FLAGS, PLAIN)))
+    if flavour is Flavour.PTX:
+        units.append(Unit(HERE / PTX, (*FLAGS, PLAIN)))
     if glue:
         torch, torch_flags = torch_directory(), torch_compile_flags()
         units += [Unit(path, (*FLAGS, PLAIN, *torch_flags, *flags)) for path in glue]
         libraries += [f"-L{torch}/lib", f"-Wl,-rpath,{torch}/lib", "-ltorch_cpu", "-lc10"]
-    if glue and checked:
+    if glue and flavour is not Flavour.PLAIN:
         units.append(Unit(HERE / BUFFERS, (*FLAGS, PLAIN, *torch_flags)))
         link += [f"-Wl,--wrap={name}" for name in WRAPPED]
-    kernel_flags = INSTRUMENTED if checked else (PLAIN,)
-    units += [Unit(path, (*FLAGS, *kernel_flags, *flags)) for path in kernels]
+    kernel_flags = INSTRUMENTED if flavour is Flavour.CHECKED else (PLAIN,)
+
+    def of_kernels(path: Path) -> list[Path]:
+        unit = Unit(path, (*FLAGS, *kernel_flags, *flags))
+        if flavour is not Flavour.PTX:
+            return [compiled(unit)]
+        return translated(path, unit, () if path in fused else ("-fmad=false",))
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = [str(path) for path in pool.map(compiled, units)]
-    return made(
-        shlex.join([*objects, *link]),
-        ".so",
-        lambda output: [*compiler(), *link, *objects, *libraries, "-o", output],
-        "linking",
-    )
+        later = pool.map(of_kernels, kernels)
+        objects = [*pool.map(compiled, units), *(path for paths in later for path in paths)]
+    command = [*compiler(), *link, *map(str, objects), *libraries, "-o"]
+    return made(shlex.join(command), ".so", lambda out: run([*command, str(out)], "linking"))
 
 
 @functools.cache

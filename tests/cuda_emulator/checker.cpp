@@ -176,27 +176,6 @@ void note_read(Byte& byte, const Stamp& stamp) {
   byte.read = stamp;
 }
 
-// File and line of an instruction, if the image has debug information and addr2line is there.
-std::string location(const void* program_counter) {
-  Dl_info image{};
-  if (!dladdr(program_counter, &image)) return "?";
-  char text[512];
-  // A return address: the call lies just before it.
-  const auto offset = static_cast<unsigned long>(static_cast<const char*>(program_counter) -
-                                                 static_cast<const char*>(image.dli_fbase) - 1);
-  std::snprintf(text, sizeof(text), "addr2line -s -e '%s' 0x%lx 2>/dev/null", image.dli_fname,
-                offset);
-  std::string line;
-  if (FILE* const pipe = popen(text, "r")) {
-    if (std::fgets(text, sizeof(text), pipe)) line = text;
-    pclose(pipe);
-  }
-  line = line.substr(0, line.find_first_of(" \n"));
-  if (!line.empty() && line[0] != '?') return line;
-  std::snprintf(text, sizeof(text), "+0x%lx", offset);
-  return text;
-}
-
 const char* verb(Access kind) {
   return kind == Access::Read ? "read" : kind == Access::Write ? "write" : "atomic access";
 }
@@ -259,7 +238,7 @@ bool is_constant(const char* address, size_t bytes) {
 void out_of_bounds(const char* address, size_t bytes, Access kind, const void* program_counter) {
   const auto* const arguments = static_cast<const char*>(state.launch->arguments);
   const bool argument =
-      address >= arguments && address + bytes <= arguments + state.launch->arguments_size;
+      address >= arguments && address + bytes <= arguments + state.launch->code.arguments_size;
   if (kind == Access::Read && (argument || is_constant(address, bytes))) return;
   const std::string where = location(program_counter);
   if (argument || is_constant(address, bytes))
@@ -281,6 +260,26 @@ void out_of_bounds(const char* address, size_t bytes, Access kind, const void* p
 }
 
 }  // namespace
+
+std::string location(const void* program_counter) {
+  Dl_info image{};
+  if (!dladdr(program_counter, &image)) return "?";
+  char text[512];
+  // A return address: the call lies just before it.
+  const auto offset = static_cast<unsigned long>(static_cast<const char*>(program_counter) -
+                                                 static_cast<const char*>(image.dli_fbase) - 1);
+  std::snprintf(text, sizeof(text), "addr2line -s -e '%s' 0x%lx 2>/dev/null", image.dli_fname,
+                offset);
+  std::string line;
+  if (FILE* const pipe = popen(text, "r")) {
+    if (std::fgets(text, sizeof(text), pipe)) line = text;
+    pclose(pipe);
+  }
+  line = line.substr(0, line.find_first_of(" \n"));
+  if (!line.empty() && line[0] != '?') return line;
+  std::snprintf(text, sizeof(text), "+0x%lx", offset);
+  return text;
+}
 
 void add_buffer(const void* address, size_t bytes, bool initialised, bool reset) {
   if (!enabled || bytes == 0) return;

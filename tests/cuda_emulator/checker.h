@@ -4,6 +4,7 @@
 // threads made to the same byte. Off unless the kernels are instrumented (see hooks.cpp).
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 #include "emulator.h"
 
@@ -38,5 +39,8 @@ void begin_copy(const void* address, size_t bytes, const void* program_counter);
 void end_copy(const void* address, size_t bytes, const void* program_counter);
 // Memory that was written by something other than a kernel.
 void wrote(const void* address, size_t bytes);
+
+// File and line of an instruction, if the image has debug information and addr2line is there.
+std::string location(const void* program_counter);
 
 }  // namespace cuda_emulator::checker

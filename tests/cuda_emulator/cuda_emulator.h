@@ -1,11 +1,13 @@
 #pragma once
 // CUDA's language for a C++20 compiler: a .cu file that includes this instead of cuda_runtime.h is
 // C++ and runs on a CPU. See README.md.
+#include <array>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <exception>
 #include <string>
-#include <tuple>
+#include <type_traits>
 #include <utility>
 
 #include "atomics.h"
@@ -33,20 +35,53 @@ constexpr int warpSize = 32;
 
 namespace cuda_emulator {
 
-template <typename... Parameters, typename... Arguments>
+// Kernel parameters as they lie on a GPU: in order, each at the next multiple of its alignment.
+template <typename... Parameters>
+struct Arguments {
+  static_assert((std::is_trivially_copyable_v<Parameters> && ...));
+
+  // Where each begins, and where the last one ends.
+  static constexpr auto kOffsets = [] {
+    std::array<size_t, sizeof...(Parameters) + 1> offsets{};
+    size_t i = 0, end = 0;
+    ((offsets[i++] = end = (end + alignof(Parameters) - 1) & ~(alignof(Parameters) - 1),
+      end += sizeof(Parameters)),
+     ...);
+    offsets[i] = end;
+    return offsets;
+  }();
+  static constexpr size_t kBytes = kOffsets.back();
+
+  alignas(16) unsigned char bytes[kBytes + 1];
+
+  explicit Arguments(const Parameters&... values) {
+    size_t i = 0;
+    ((void)std::memcpy(bytes + kOffsets[i++], &values, sizeof(values)), ...);
+  }
+
+  static void call(void (*kernel)(Parameters...), const void* arguments) {
+    const auto* const bytes = static_cast<const unsigned char*>(arguments);
+    [&]<size_t... kIndex>(std::index_sequence<kIndex...>) {
+      kernel(*reinterpret_cast<const Parameters*>(bytes + kOffsets[kIndex])...);
+    }(std::index_sequence_for<Parameters...>());
+  }
+};
+
+template <typename... Parameters, typename... Values>
 void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, const void* /*stream*/,
-            void (*kernel)(Parameters...), Arguments&&... arguments) {
-  struct Call {
-    void (*kernel)(Parameters...);
-    std::tuple<Parameters...> arguments;
+            void (*kernel)(Parameters...), Values&&... values) {
+  using Packed = Arguments<Parameters...>;
+  const Packed arguments(static_cast<Parameters>(std::forward<Values>(values))...);
+  const auto body = [](const void* kernel, const void* arguments) {
+    Packed::call(reinterpret_cast<void (*)(Parameters...)>(const_cast<void*>(kernel)), arguments);
   };
-  const Call call{kernel, {static_cast<Parameters>(std::forward<Arguments>(arguments))...}};
-  const auto body = [](const void* data) {
-    const Call& call = *static_cast<const Call*>(data);
-    std::apply(call.kernel, call.arguments);
-  };
-  run({name, reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, body, &call,
-       sizeof(call)});
+  run({name,
+       reinterpret_cast<const void*>(kernel),
+       grid,
+       block,
+       shared_bytes,
+       &arguments,
+       {body, Packed::kBytes}});
 }
 
 // A shared array has no more alignment than its type gives it, and nothing else close behind it.

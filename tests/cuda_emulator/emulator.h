@@ -25,18 +25,28 @@ constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LI
 [[gnu::const]] dim3 grid_size();
 [[gnu::const]] unsigned lane();
 
+// What a kernel's threads run, each of them.
+struct Code {
+  void (*body)(const void* kernel, const void* arguments);
+  size_t arguments_size;
+  unsigned max_threads = 1024;  // of a block, by its __launch_bounds__
+};
+
 struct Launch {
   const char* name;
   const void* kernel;
   dim3 grid, block;
   size_t shared_bytes;
-  void (*body)(const void* arguments);  // what every CUDA thread runs
-  const void* arguments;                // in kernel parameter space: read only
-  size_t arguments_size;
+  const void* arguments;  // in kernel parameter space: read only
+  Code code;
 };
 
 // Throws std::runtime_error with the first thing that went wrong.
-void run(const Launch& launch);
+void run(Launch launch);
+
+// Launches of a kernel run other code than its own from now on: what nvcc made of it (ptx.py).
+// Where one kernel of a library has such code, all must.
+void replace(const void* kernel, const Code& code);
 
 // Ends the launch with an error that names kernel, block and thread.
 [[noreturn, gnu::format(printf, 1, 2)]] void fail(const char* format, ...);
@@ -64,7 +74,7 @@ void order_warp(uint32_t mask);
 // Every arrival at the declaration of a shared array comes here; the first one of a block fills it
 // with garbage.
 void open_shared(void* array, size_t bytes, const char* name);
-void* dynamic_shared();
+[[gnu::const]] void* dynamic_shared();
 
 void before_atomic(const void* address, size_t bytes, const void* program_counter);
 void fence();

@@ -100,6 +100,12 @@ struct Machine {
 };
 Machine machine;
 
+// Filled before main() by other files, so it must be there when the first one comes.
+std::map<const void*, Code>& replaced() {
+  static std::map<const void*, Code> codes;
+  return codes;
+}
+
 unsigned index_of(const Thread& thread) {
   return static_cast<unsigned>(&thread - machine.threads.data());
 }
@@ -159,7 +165,8 @@ void report_deadlock() {
 
 // A CUDA thread from its first instruction to its last.
 void thread_main() {
-  machine.launch->body(machine.launch->arguments);
+  const Launch& launch = *machine.launch;
+  launch.code.body(launch.kernel, launch.arguments);
   machine.current->state = State::Done;
   suspend();
 }
@@ -225,10 +232,22 @@ void run_block() {
     if (thread.state != State::Done) return report_deadlock();
 }
 
+[[noreturn]] void refuse(const Launch& launch, const std::string& why) {
+  throw std::runtime_error(std::string("CUDA emulator: launch of ") + launch.name + ": " + why);
+}
+
+const Code& replacement_of(const Launch& launch) {
+  const auto found = replaced().find(launch.kernel);
+  if (found == replaced().end()) refuse(launch, "expected a kernel that nvcc has seen as well");
+  const Code& code = found->second;
+  if (code.arguments_size != launch.code.arguments_size)
+    refuse(launch, "expected " + std::to_string(code.arguments_size) +
+                       " bytes of parameters, as nvcc has it, got " +
+                       std::to_string(launch.code.arguments_size));
+  return code;
+}
+
 void check_limits(const Launch& launch) {
-  const auto refuse = [&](const std::string& why) {
-    throw std::runtime_error(std::string("CUDA emulator: launch of ") + launch.name + ": " + why);
-  };
   const dim3 grid = launch.grid, block = launch.block;
   const auto text = [](dim3 d) {
     return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) +
@@ -236,18 +255,23 @@ void check_limits(const Launch& launch) {
   };
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (threads == 0 || threads > kMaxThreads || block.z > 64)
-    refuse("expected 1 to 1024 threads a block, 64 at most along z, got " + text(block));
+    refuse(launch, "expected 1 to 1024 threads a block, 64 at most along z, got " + text(block));
+  if (threads > launch.code.max_threads)
+    refuse(launch, "expected at most " + std::to_string(launch.code.max_threads) +
+                       " threads a block, as its __launch_bounds__ say, got " + text(block));
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > kMaxGridYZ ||
       grid.z > kMaxGridYZ)
-    refuse("expected a grid of at least 1, at most 2^31 - 1 by 65535 by 65535 blocks, got " +
-           text(grid));
+    refuse(launch,
+           "expected a grid of at least 1, at most 2^31 - 1 by 65535 by 65535 blocks, got " +
+               text(grid));
   const auto found = machine.allowed_dynamic_shared.find(launch.kernel);
   const size_t allowed =
       found == machine.allowed_dynamic_shared.end() ? kMaxStaticShared : found->second;
   if (launch.shared_bytes > allowed)
-    refuse("expected at most " + std::to_string(allowed) +
-           " bytes of dynamic shared memory (more is allowed by cudaFuncSetAttribute), got " +
-           std::to_string(launch.shared_bytes));
+    refuse(launch,
+           "expected at most " + std::to_string(allowed) +
+               " bytes of dynamic shared memory (more is allowed by cudaFuncSetAttribute), got " +
+               std::to_string(launch.shared_bytes));
 }
 
 }  // namespace
@@ -265,8 +289,11 @@ bool on_own_stack(const void* address) {
 }
 void set_seed(uint64_t seed) { machine.seed = seed; }
 
-void run(const Launch& launch) {
+void replace(const void* kernel, const Code& code) { replaced()[kernel] = code; }
+
+void run(Launch launch) {
   const std::lock_guard<std::mutex> lock(machine.one_launch_at_a_time);
+  if (!replaced().empty()) launch.code = replacement_of(launch);
   check_limits(launch);
   machine.launch = &launch;
   machine.error.clear();

@@ -9,11 +9,15 @@ from typing import Any
 
 import torch
 
-from cuda_emulator.build import ROOT, Emulator, library, load
+from cuda_emulator.build import ROOT, Emulator, Flavour, library, load
 from secateur import ops
 
 KERNELS = sorted((ROOT / "csrc").glob("*/cuda.cu"))
 GLUE = sorted((ROOT / "csrc").glob("*/op_cuda.cpp"))
+
+# Whose kernels nvcc may contract, as the build has it (cmake/op.cmake).
+CMAKE = (ROOT / "CMakeLists.txt").read_text("utf-8")
+FUSED = [path for path in KERNELS if f"secateur_add_op({path.parent.name} fast)" in CMAKE]
 
 # Ops that have a CUDA kernel.
 SPECS = tuple(
@@ -30,7 +34,7 @@ class EmulatedOps:
         namespace: where they are registered, ``torch.ops.<namespace>``.
         kernels: the .cu files.
         glue: the C++ files that register their ops; others of ``SPECS`` cannot be called.
-        checked: whether every access is checked.
+        flavour: who compiles the kernels.
     """
 
     def __init__(
@@ -39,11 +43,11 @@ class EmulatedOps:
         kernels: Sequence[Path] = KERNELS,
         glue: Sequence[Path] = GLUE,
         *,
-        checked: bool,
+        flavour: Flavour,
     ) -> None:
         # The glue registers for secateur_emulated; several libraries may live in one process.
         renamed = f"-Dsecateur_emulated={namespace}"
-        path = library(kernels, glue, checked=checked, flags=[renamed])
+        path = library(kernels, glue, flavour=flavour, flags=[renamed], fused=FUSED)
         self._library = torch.library.Library(namespace, "DEF")
         for spec in SPECS:
             self._library.define(str(spec.op._schema).removeprefix("secateur::"))
