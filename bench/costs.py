@@ -1,10 +1,10 @@
 """Held-out test of ``secateur.cost``: random layers, predicted, and later measured.
 
-First all are predicted, which times each at the densities next to its own; then each is measured at
-its own density, with other blocks alive, which the table has never seen. Times are the lower
-quartile of calls by turns. Where a prediction is off by more than 15 %, its line stays in the table:
-``again`` is how far a second measurement of the same is off the first, so what no prediction can
-know. ``--quick`` takes about a minute.
+First all are predicted, which times each at the densities next to its own; then each is measured
+at its own density, with other blocks alive, which the table has never seen. Times are the lower
+quartile of calls by turns. Where a prediction is off by more than 15 %, its line stays in the
+table: ``again`` is how far a second measurement of the same is off the first, so what no prediction
+can know. ``--quick`` takes about two minutes.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -159,22 +160,30 @@ def generator(seed: int) -> torch.Generator:
 
 
 def peak_flops(dtype: torch.dtype, timer: Timer) -> float:
-    """The highest rate of multiply-adds that torch reaches, in FLOP/s.
+    """The highest rate of multiply-adds, in FLOP/s.
 
-    On a GPU it is that of a matrix product of 8192 x 8192 x 8192. On the threads of a CPU it is
-    that of a 7x7 convolution without padding, whose operands stay in registers and L1: 97 % of a
-    loop of nothing but multiply-adds on an AMD Zen 4, where a matrix product reaches 90 %. The
-    shortest call counts, because this is a ceiling.
+    On a GPU it is that of a matrix product of 8192 x 8192 x 8192. On a CPU it is that of a loop of
+    nothing but multiply-adds in registers, by the best instructions there are, on as many threads
+    as torch has. The shortest call counts, because this is a ceiling.
     """
     if on_gpu():
         a, b = (torch.randn(8192, 8192).to(dtype) for _ in range(2))
         return 2 * 8192**3 / _shortest(lambda: a @ b, timer)
-    side, kernel, channels, images = 34, 7, 64, 8
-    x = torch.randn(images, channels, side, side).to(dtype)
-    weight = torch.randn(channels, channels, kernel, kernel).to(dtype)
-    work = 2 * images * (side - kernel + 1) ** 2 * channels**2 * kernel**2
-    with torch.no_grad():
-        return work / _shortest(lambda: torch.nn.functional.conv2d(x, weight), timer)
+    threads, isa = torch.get_num_threads(), _C.isa()
+    rounds, bfloat16 = 1 << 20, dtype == torch.bfloat16
+    _C.set_isa(_C.supported_isas()[-1])
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+
+            def run() -> int:
+                loops = [
+                    pool.submit(_C.multiply_registers, bfloat16, rounds) for _ in range(threads)
+                ]
+                return sum(loop.result() for loop in loops)
+
+            return run() / _shortest(run, timer)
+    finally:
+        _C.set_isa(isa)
 
 
 def read_bandwidth(timer: Timer) -> float:

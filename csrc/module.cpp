@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "block_sparse/block_sparse.h"
 #include "common/isa.h"
 #include "mask/mask.h"
 
@@ -73,6 +74,14 @@ bool mask_memory(uintptr_t data, int64_t itemsize, int64_t numel, uintptr_t bits
          secateur::mask::apply_all(view, numel, reinterpret_cast<const uint8_t*>(bits));
 }
 
+int64_t multiply_registers(bool bfloat16, int64_t rounds) {
+  using namespace secateur::block_sparse;
+  using secateur::Dtype;
+  float value = 0;
+  return SECATEUR_FOR_ISA(multiply_registers)(bfloat16 ? Dtype::BFloat16 : Dtype::Float, rounds,
+                                              &value);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -82,6 +91,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", &set_isa, pybind11::arg("name"), "Choose the instruction set of the kernels.");
   m.def("mask_memory_", &mask_memory, pybind11::call_guard<pybind11::gil_scoped_release>(),
         "mask_ of numel contiguous elements at an address, by the bits at another; unchecked.");
+  m.def("multiply_registers", &multiply_registers,
+        pybind11::call_guard<pybind11::gil_scoped_release>(), pybind11::arg("bfloat16"),
+        pybind11::arg("rounds"),
+        "Multiply-adds of values in registers, on this thread; how many FLOP they were.");
   m.def(
       "build_info",
       [] {

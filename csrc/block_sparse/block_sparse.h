@@ -84,8 +84,12 @@ struct Args : Problem {
 using MakePlan = Plan(const Args& args);
 using RunStage = void(const Args& args, int64_t begin, int64_t end);
 
+// A ceiling for benchmarks: multiply-adds of what stays in registers, on one thread. Returns how
+// many floating-point operations `rounds` of them are; *value, 0, is what they start from.
+using Ceiling = int64_t(Dtype dtype, int64_t rounds, float* value);
+
 SECATEUR_PER_ISA(MakePlan make_plan; RunStage pack_x; RunStage pack_dy; RunStage pack_values;
-                 RunStage run; RunStage finish)
+                 RunStage run; RunStage finish; Ceiling multiply_registers)
 
 // Products on CUDA but Backward, which is two of them there. None is empty: n_blocks may be 0, no
 // other size, and batch may be 0 in WeightGradient only. Nothing waits for the device.

@@ -28,7 +28,6 @@ namespace {
 // Fewer rows than this do not pay for transposing the weights.
 constexpr int64_t kFewRows = 16;
 constexpr int64_t kFewLanes = 16;             // kBatchLanes of small batches and of Features
-constexpr int64_t kFeatureRows = 64;          // rows of the batch in one task of Features
 constexpr int64_t kFeatureChunk = 16;         // output features that Batch transposes at a time
 constexpr int64_t kPackRows = 8;              // rows of the batch copied to panels at a time
 constexpr int64_t kSmallBlock = 16;           // weights
@@ -37,6 +36,12 @@ constexpr int64_t kTaskMultiplies = 1 << 16;  // worth waking a thread
 // Accumulators a tile may hold: the rest of the registers take B and the broadcast.
 constexpr int kAccumulators = kVectorRegisters == 32 ? 16 : 8;
 constexpr int kMaxVectors = kVectorRegisters == 32 ? 4 : 2;
+// Features on 16 registers: six rows of two vectors keep both multipliers busy, four do not. A tile
+// of six finds its left operand in panels, which the next tile's follows, and not transposed.
+constexpr int kFeatureAccumulators = kVectorRegisters == 32 ? 16 : 12;
+constexpr Layout kFeatureLayout = kVectorRegisters == 32 ? Layout::Transposed : Layout::Panels;
+constexpr int64_t kFeaturePanel = kVectorRegisters == 32 ? kFewLanes : 24;  // whole tiles
+constexpr int64_t kFeatureRows = kVectorRegisters == 32 ? 64 : 72;          // in one task
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -279,9 +284,11 @@ void pack_transposed(const T* from, int64_t stride, int64_t batch, const Feature
 
 // ---------------------------------------------------------------- Features
 
-template <typename T, int R, int NV, typename E, typename B, typename Line, typename Step>
-SECATEUR_INLINE inline void feature_tile(const Side& s, int64_t line, const E* a, Line a_line,
-                                         Step a_step, const B* blocks, int64_t j,
+// The left operand of block `index` begins at a + index * a_block.
+template <typename T, int R, int NV, bool kAhead, typename E, typename B, typename Line,
+          typename Step>
+SECATEUR_INLINE inline void feature_tile(const Side& s, int64_t line, const E* a, int64_t a_block,
+                                         Line a_line, Step a_step, const B* blocks, int64_t j,
                                          const Epilogue<T>& epilogue, T* out) {
   using C = Compute<T>;
   constexpr int W = kLanes<C>;
@@ -291,9 +298,15 @@ SECATEUR_INLINE inline void feature_tile(const Side& s, int64_t line, const E* a
     unroll<NV>([&](auto v)
                    SECATEUR_INLINE { __builtin_prefetch(place + i * s.out_features + v * W, 1); });
   });
-  for (int64_t p = s.ptr[line]; p < s.ptr[line + 1]; ++p)
-    multiply_add(tile, a + s.index[p] * s.inner_width * a_step, a_line, a_step,
-                 blocks + s.block(p) * s.line_width * s.inner_width + j, s.line_width, s.inner(p));
+  for (int64_t p = s.ptr[line]; p < s.ptr[line + 1]; ++p) {
+    const E* const left = a + s.index[p] * a_block;
+    if constexpr (kAhead) {  // what the next tile reads, which follows
+      const int64_t size = R * s.inner_width;
+      for (int64_t i = 0; i < size; i += 64 / sizeof(E)) __builtin_prefetch(left + size + i);
+    }
+    multiply_add(tile, left, a_line, a_step, blocks + s.block(p) * s.line_width * s.inner_width + j,
+                 s.line_width, s.inner(p));
+  }
   const int64_t f = line * s.line_width + j;
   if (std::is_same_v<T, C> && f + NV * W <= s.out_features &&
       epilogue.activation == Activation::None) {
@@ -322,25 +335,29 @@ SECATEUR_INLINE inline void feature_tile(const Side& s, int64_t line, const E* a
 }
 
 // Rows [m, end) of the batch in tiles of R, then of R / 2, ...
-template <typename T, int R, int NV, bool kTransposed, typename E, typename B>
+template <typename T, int R, int NV, Layout kLayout, typename E, typename B>
 inline void feature_rows(const Args& g, const Side& s, int64_t line, int64_t j, const B* blocks,
                          const E* a, int64_t stride, int64_t m, int64_t end) {
   T* const out = static_cast<T*>(g.out);
   const Epilogue<T> epilogue(g);
   for (; m + R <= end; m += R) {
     T* const row = out + m * s.out_features;
-    if constexpr (kTransposed) {
+    if constexpr (kLayout == Layout::Transposed) {
       const E* const left = a + m / kFewLanes * s.inner_features * kFewLanes + m % kFewLanes;
-      feature_tile<T, R, NV>(s, line, left, One{}, FewLanes{}, blocks, j, epilogue, row);
+      feature_tile<T, R, NV, false>(s, line, left, s.inner_width * kFewLanes, One{}, FewLanes{},
+                                    blocks, j, epilogue, row);
     } else {
-      feature_tile<T, R, NV>(s, line, a + m * stride, stride, One{}, blocks, j, epilogue, row);
+      constexpr bool panels = kLayout == Layout::Panels;
+      feature_tile<T, R, NV, panels>(s, line, a + m * stride,
+                                     s.inner_width * (panels ? g.batch : 1), stride, One{}, blocks,
+                                     j, epilogue, row);
     }
   }
   if constexpr (R > 1)
-    if (m < end) feature_rows<T, R / 2, NV, kTransposed>(g, s, line, j, blocks, a, stride, m, end);
+    if (m < end) feature_rows<T, R / 2, NV, kLayout>(g, s, line, j, blocks, a, stride, m, end);
 }
 
-template <typename T, bool kTransposed, typename E, typename B>
+template <typename T, Layout kLayout, typename E, typename B>
 void run_features(const Args& g, const B* blocks, const E* a, int64_t stride, int64_t begin,
                   int64_t end) {
   constexpr int W = kLanes<Compute<T>>;
@@ -350,8 +367,8 @@ void run_features(const Args& g, const B* blocks, const E* a, int64_t stride, in
     const int64_t width = std::min(s.line_width, s.out_features - line * s.line_width);
     for_vectors<W>(s.line_width, width, [&](auto nv, int64_t j) {
       constexpr int NV = decltype(nv)::value;
-      feature_rows<T, kAccumulators / NV, NV, kTransposed>(g, s, line, j, blocks, a, stride, m,
-                                                           m_end);
+      feature_rows<T, kFeatureAccumulators / NV, NV, kLayout>(g, s, line, j, blocks, a, stride, m,
+                                                              m_end);
     });
   });
 }
@@ -976,11 +993,11 @@ Plan plan_for(const Args& g) {
   if (g.product == Product::WeightGradient) {
     if (g.rows >= 4 && g.cols % kHalfLanes<C> == 0) {
       plan.method = Method::Features;
-      plan.panel = g.rows % W == 0 && g.cols % W == 0 ? kFewLanes : batch_lanes;  // as for dX
+      const bool as_features = g.rows % W == 0 && g.cols % W == 0;  // does dX, which shares dY
+      const Layout layout_of_dy = as_features ? kFeatureLayout : Layout::Transposed;
+      plan.panel = as_features ? kFeaturePanel : batch_lanes;
       lay_out_x(!kNarrow && few && g.in_features % g.cols == 0 ? Layout::InPlace : Layout::Panels);
-      lay_out_dy(!kNarrow && few ? Layout::InPlace
-                 : plan.pairs    ? Layout::Panels
-                                 : Layout::Transposed);
+      lay_out_dy(!kNarrow && few ? Layout::InPlace : plan.pairs ? Layout::Panels : layout_of_dy);
       plan.run = {g.n_blocks, std::max<int64_t>(
                                   1, kTaskMultiplies / std::max<int64_t>(1, block_size * g.batch))};
     } else {
@@ -1014,11 +1031,12 @@ Plan plan_for(const Args& g) {
     plan.run = group_stage(s.ptr, s.lines, 1, 1, block_size * g.batch);
   } else {
     plan.method = Method::Features;
-    plan.panel = kFewLanes;
+    plan.panel = kFeaturePanel;
     // Narrow tiles read many rows at once, too many to follow where they lie.
-    const bool in_place = (!kNarrow || plan.pairs) &&
-                          (few || (s.line_width >= 4 * W && (!g.shares_dy || plan.pairs)));
-    lay_out_left(in_place ? Layout::InPlace : Layout::Transposed);
+    const bool wide = s.line_width >= 4 * W && (forward || kVectorRegisters == 32);
+    const bool in_place =
+        (!kNarrow || plan.pairs) && (few || (wide && (!g.shares_dy || plan.pairs)));
+    lay_out_left(in_place ? Layout::InPlace : kFeatureLayout);
     plan.transpose_values = forward;
     if (forward || (kNarrow && !few)) copy_values();
     if (plan.pairs) plan.values_bytes /= 2;
@@ -1122,16 +1140,17 @@ void run_for(const Args& g, int64_t begin, int64_t end) {
     if (g.plan.pairs) {
       const auto* const blocks = static_cast<const uint32_t*>(g.values_space);
       const auto* const left = static_cast<const uint32_t*>(a);
-      if (in_place) return run_features<T, false>(g, blocks, left, stride / 2, begin, end);
-      return run_features<T, true>(g, blocks, left, 0, begin, end);
+      if (in_place)
+        return run_features<T, Layout::InPlace>(g, blocks, left, stride / 2, begin, end);
+      return run_features<T, kFeatureLayout>(g, blocks, left, 0, begin, end);
     }
   }
   const auto* const left = static_cast<const C*>(a);
   const auto run = [&](const auto* blocks) {
     if (in_place)
-      run_features<T, false>(g, blocks, left, stride, begin, end);
+      run_features<T, Layout::InPlace>(g, blocks, left, stride, begin, end);
     else
-      run_features<T, true>(g, blocks, left, 0, begin, end);
+      run_features<T, kFeatureLayout>(g, blocks, left, forward ? g.cols : g.rows, begin, end);
   };
   if (g.values_space)
     run(static_cast<const C*>(g.values_space));
@@ -1139,7 +1158,30 @@ void run_for(const Args& g, int64_t begin, int64_t end) {
     run(static_cast<const T*>(g.values));
 }
 
+// E is as in multiply_add().
+template <typename C, typename E>
+int64_t multiply_registers_as(int64_t rounds, float* value) {
+  constexpr int W = kLanes<C>, kChains = 12;  // more than the latency of a multiply-add hides
+  const auto factor = broadcast<Vec<E, W>>(static_cast<E>(*value));
+  Vec<C, W> acc[kChains] = {};
+  for (int64_t round = 0; round < rounds; ++round)
+    unroll<kChains>([&](auto i) SECATEUR_INLINE {
+      acc[i] = secateur::multiply_add<C, W, E>(acc[i], factor, factor);
+    });
+  for (const Vec<C, W>& v : acc) *value += static_cast<float>(v[0]);
+  return rounds * kChains * W * (std::is_same_v<C, E> ? 2 : 4);
+}
+
 }  // namespace
+
+int64_t multiply_registers(Dtype dtype, int64_t rounds, float* value) {
+  return for_dtype(dtype, [&]<typename T>() {
+    if constexpr (kHasPairs && std::is_same_v<T, BFloat16>)
+      return multiply_registers_as<float, uint32_t>(rounds, value);
+    else
+      return multiply_registers_as<Compute<T>, Compute<T>>(rounds, value);
+  });
+}
 
 Plan make_plan(const Args& args) {
   return for_dtype(args.dtype, [&]<typename T>() { return plan_for<T>(args); });

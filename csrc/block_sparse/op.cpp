@@ -41,8 +41,8 @@ Args part_of(const Args& args, int64_t index, int64_t parts, int64_t panel, int6
 
 // Whether `second` may take dY as it was packed for `first`.
 bool same_packed_dy(const Plan& first, const Plan& second) {
-  return first.dy == Layout::Transposed && second.dy == Layout::Transposed &&
-         first.panel == second.panel && first.pairs == second.pairs;
+  return first.dy != Layout::InPlace && first.dy == second.dy && first.panel == second.panel &&
+         first.pairs == second.pairs;
 }
 
 // Memory of the calling thread for what launch() packs. It stays with the thread, as large as its
