@@ -133,8 +133,10 @@ def other_word(a: Any) -> Any:
 
 
 def some_args(spec: OpSpec) -> list[tuple[Any, ...]]:
-    samples = list(spec.samples(spec.dtypes[0], CPU))
-    return [sample.args for sample in samples[4 :: max(1, len(samples) // 4)]]
+    samples = [
+        s.args for s in spec.samples(spec.dtypes[0], CPU) if len(tree_flatten(s.args)[0]) < 50
+    ]
+    return samples[4 % len(samples) :: max(1, len(samples) // 4)]
 
 
 @pytest.mark.parametrize("spoil", [other_dtype, twice_as_long, one_more, other_word])
