@@ -3,8 +3,10 @@
 # depends on changes.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+CUDA_TORCH ?= torch==2.14.1
 
 VENV := .venv
+CUDA_VENV := build/cuda-torch
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc cmake python -type f ! -name '*.pyc') CMakeLists.txt pyproject.toml README.md
@@ -12,7 +14,7 @@ SOURCES := $(shell find csrc cmake python -type f ! -name '*.pyc') CMakeLists.tx
 # What is known of the CUDA kernels without a GPU; slow_cuda marks what takes long.
 CUDA_TESTS = $(wildcard tests/test_cuda_*.py)
 
-.PHONY: help demo test mnist bench cuda cuda-fast cuda-resources lint format clean
+.PHONY: help demo test mnist bench cuda cuda-fast cuda-load cuda-resources lint format clean
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
@@ -39,6 +41,16 @@ cuda: $(VENV)/.package  ## test the CUDA kernels without a GPU, in every way (20
 
 cuda-fast: $(VENV)/.package  ## the same without what takes long (5 minutes)
 	$(BIN)/python -m pytest -m "not slow_cuda" $(CUDA_TESTS)
+
+# The package as it was built against $(TORCH): a copy, so that it is not built again.
+cuda-load: $(VENV)/.package  ## load the CUDA kernels under a torch that has CUDA (downloads 3 GB)
+	$(BIN)/python -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip --disable-pip-version-check install --quiet "$(CUDA_TORCH)" \
+	  hypothesis numpy nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm pytest safetensors tqdm
+	cp -r $(VENV)/lib/python*/site-packages/secateur* $(CUDA_VENV)/lib/python*/site-packages/
+	$(CUDA_VENV)/bin/python -m bench.gpu loaded
+	$(CUDA_VENV)/bin/python -m pytest tests/test_cuda_build.py
+	rm -r $(CUDA_VENV)
 
 cuda-resources: $(VENV)/.package  ## write docs/cuda-resources.md, from the library that nvcc made
 	$(BIN)/python tests/test_cuda_build.py

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
 import shutil
 import subprocess
@@ -181,14 +182,29 @@ for spec in ops.SPECS:
     assert set(in_new_process(code).split()) == set(expected)
 
 
+@pytest.mark.skipif(torch.version.cuda is None, reason="needs a torch with CUDA: make cuda-load")
+@pytest.mark.usefixtures("kernels")
+def test_the_stream_is_asked_of_the_torch_that_is_loaded() -> None:
+    """The symbol is weak, and would be null if libtorch_cuda.so were not found with it."""
+    code = "import ctypes; from secateur.ops import _cuda; ctypes.CDLL(_cuda.LIBRARY)"
+    environment = {**os.environ, "LD_DEBUG": "bindings", "LD_BIND_NOW": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment
+    )
+    bound = re.findall(
+        r"libsecateur_cuda\.so .* to .*/(\S+) .*`aoti_torch_get_current_cuda_stream'", done.stderr
+    )
+    assert bound == ["libtorch_cuda.so"]
+
+
 def test_build_info_tells_of_the_kernels(kernels: dict[str, dict[str, Kernel]]) -> None:
     assert _cuda.build_info()["cuda"].endswith(f" for {', '.join(ARCHITECTURES)}, compute_80")
 
 
 def test_build_info_tells_whether_the_kernels_are_loaded() -> None:
     show = "\nimport secateur\nprint(secateur.build_info()['cuda_kernels'])"
-    if torch.version.cuda is None:
-        assert in_new_process(show) == f"not loaded: torch {torch.__version__} has no CUDA"
+    natural = f"not loaded: torch {torch.__version__} has no CUDA"
+    assert in_new_process(show) == (natural if torch.version.cuda is None else "loaded")
     there = "Path.exists = lambda path: True\ntorch.ops.load_library = id"
     assert in_new_process(WITH_CUDA + there + show) == "loaded"
     missing = "Path.exists = lambda path: False"

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from cuda_emulator.build import Flavour, nvcc
+from cuda_emulator.build import Flavour, library, nvcc
 from cuda_emulator.ops import KERNELS, SPECS, EmulatedOps
 from test_ops import CPU, check_close
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
 from secateur.ops._spec import OpSpec
 
@@ -87,3 +93,99 @@ def test_a_fault_in_a_kernel_is_an_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"out of bounds write .* at faulty.cu:\d+: byte 1 of"):
         ops.call("pack_mask", torch.ones(5, dtype=torch.bool))
     ops.call("pack_mask", torch.ones(9, dtype=torch.bool))
+
+
+def refusal(run: Callable[[], Any]) -> str | None:
+    """What an op says of its arguments, if it does not take them."""
+    try:
+        run()
+    except RuntimeError as error:  # torch puts function, file and line before it
+        return re.sub(r"^.*\.\w+:\d+, ", "", str(error).splitlines()[0])
+    return None
+
+
+def spoilt(args: tuple[Any, ...], spoil: Callable[[Any], Any]) -> Iterator[tuple[Any, ...]]:
+    """The arguments, each in turn spoilt that can be."""
+    leaves, structure = tree_flatten(args)
+    for i, leaf in enumerate(leaves):
+        if (bad := spoil(leaf)) is not None:
+            yield structure.unflatten([*leaves[:i], bad, *leaves[i + 1 :]])
+    for i, argument in enumerate(args):
+        if isinstance(argument, list) and (bad := spoil(argument)) is not None:
+            yield (*args[:i], bad, *args[i + 1 :])
+
+
+def other_dtype(a: Any) -> Any:
+    return a.to(torch.complex64) if isinstance(a, Tensor) else None
+
+
+def twice_as_long(a: Any) -> Any:
+    """Never shorter: where that is not wrong, nothing reads beyond it."""
+    return torch.cat([a, a]) if isinstance(a, Tensor) and a.dim() else None
+
+
+def one_more(a: Any) -> Any:
+    return [*a, a[-1]] if isinstance(a, list) and a else None
+
+
+def other_word(a: Any) -> Any:
+    return "nonsense" if isinstance(a, str) else None
+
+
+def some_args(spec: OpSpec) -> list[tuple[Any, ...]]:
+    samples = [
+        s.args for s in spec.samples(spec.dtypes[0], CPU) if len(tree_flatten(s.args)[0]) < 50
+    ]
+    return samples[4 % len(samples) :: max(1, len(samples) // 4)]
+
+
+@pytest.mark.parametrize("spoil", [other_dtype, twice_as_long, one_more, other_word])
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_arguments_are_refused_in_the_words_of_the_cpu(
+    spec: OpSpec, spoil: Callable[[Any], Any], plain: EmulatedOps
+) -> None:
+    for args in some_args(spec):
+        for bad in spoilt(args, spoil):
+            words = refusal(lambda bad=bad: spec.op(*copy.deepcopy(bad)))
+            assert refusal(lambda bad=bad: plain.call(spec.name, *bad)) == words
+            if words is not None:
+                assert words.startswith(f"{spec.name}: expected "), words
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_tensors_on_two_devices_are_refused(spec: OpSpec, plain: EmulatedOps) -> None:
+    def elsewhere(a: Any) -> Any:
+        return a.to("meta") if isinstance(a, Tensor) else None
+
+    for args in some_args(spec):
+        # Spoilt is the second tensor or a later one: the kernel runs where the first one is.
+        for bad in itertools.islice(spoilt(args, elsewhere), 1, None):
+            words = refusal(lambda bad=bad: plain.call(spec.name, *bad, mixed=True))
+            assert re.match(rf"{spec.name}: expected .*\bdevice\b", words or "nothing"), words
+
+
+def test_launch_errors_name_the_op_and_what_it_needs(tmp_path: Path) -> None:
+    glue = tmp_path / "launch.cpp"
+    glue.write_text(
+        """
+#include "common/torch_cuda.h"
+void launch(const torch::stable::Tensor& t, int64_t error) {
+  secateur::check_launch("op", static_cast<int>(error));
+}
+STABLE_TORCH_LIBRARY(secateur_launch, m) {
+  m.def("launch(Tensor t, int error) -> ()");
+  m.impl("launch", TORCH_BOX(&launch));
+}
+"""
+    )
+    torch.ops.load_library(library([], [glue], flavour=Flavour.PLAIN))
+
+    def words(error: int) -> str | None:
+        return refusal(lambda: torch.ops.secateur_launch.launch(torch.ones(1), error))
+
+    assert words(0) is None
+    assert words(1) == "op: expected its CUDA kernel to start, got invalid argument"
+    for error in (98, 209):  # cudaErrorInvalidDeviceFunction, cudaErrorNoKernelImageForDevice
+        assert words(error) == (
+            "op: expected a GPU of compute capability 8.0 or higher, got one that is not"
+        )

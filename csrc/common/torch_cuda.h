@@ -46,8 +46,9 @@ class Device {
 
 // What a launch returned; an error names `op`.
 inline void check_launch(const char* op, int error) {
-  STD_TORCH_CHECK(error != cudaErrorNoKernelImageForDevice, op,
-                  ": expected a GPU of compute capability 8.0 or higher, got one that is not");
+  STD_TORCH_CHECK(
+      error != cudaErrorNoKernelImageForDevice && error != cudaErrorInvalidDeviceFunction, op,
+      ": expected a GPU of compute capability 8.0 or higher, got one that is not");
   STD_TORCH_CHECK(error == cudaSuccess, op, ": expected its CUDA kernel to start, got ",
                   cudaGetErrorString(static_cast<cudaError_t>(error)));
 }

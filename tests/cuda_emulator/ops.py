@@ -54,11 +54,18 @@ class EmulatedOps:
         self.emulator: Emulator = load(path)
         self._ops = getattr(torch.ops, namespace)
 
-    def call(self, name: str, *args: Any) -> Any:
+    def call(self, name: str, *args: Any, mixed: bool = False) -> Any:
         """Call an op by its name in ``torch.ops.secateur``.
+
+        Args:
+            name, args: of the op.
+            mixed: whether some of the tensors are on another device, which would choose the kernel.
 
         Raises:
             RuntimeError: the arguments are wrong, or the kernel is.
         """
         self.emulator.forget_buffers()
-        return getattr(self._ops, name).default(*args)
+        op = getattr(self._ops, name).default
+        if mixed:
+            return op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args)
+        return op(*args)

@@ -7,6 +7,7 @@ using cudaError_t = int;
 using cudaStream_t = void*;
 constexpr cudaError_t cudaSuccess = 0;
 constexpr cudaError_t cudaErrorInvalidValue = 1;
+constexpr cudaError_t cudaErrorInvalidDeviceFunction = 98;
 constexpr cudaError_t cudaErrorNoKernelImageForDevice = 209;
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
