@@ -79,16 +79,17 @@ SECATEUR_PER_ISA(Capacity capacity; Advance start; Advance start_histogram; Adva
                  Run run)
 
 // On a CUDA stream; they return a cudaError_t. `workspace` is device memory, aligned to 16 bytes,
-// of as many bytes as workspace_bytes() says; `info` are two numbers: the first item with a score
-// that is an error, or -1, and how many elements there are to choose from.
+// of as many bytes as workspace_bytes() says; `info` are two numbers, written: the first item with
+// a score that is an error, or -1, and how many elements there are to choose from.
 namespace CUDA {
 
-int64_t workspace_bytes(const Problem& problem);
-int select(const Problem& problem, void* workspace, int64_t* info, void* stream);
-// bins[kBins] of the keys in low..high, and for each item how many keys lie above and inside; all
-// zero before.
+// How many elements a selection among `numel` wants room for, and a histogram: none.
+int64_t capacity(int64_t numel);
+int64_t workspace_bytes(const Problem& problem, int64_t capacity);
+int select(const Problem& problem, int64_t capacity, void* workspace, int64_t* info, void* stream);
+// bins[kBins], zero before: how many keys of low..high, clipped to the keys there are, each holds.
 int histogram(const Problem& problem, int64_t low, int64_t high, void* workspace, int64_t* bins,
-              int64_t* counts, int64_t* info, void* stream);
+              int64_t* info, void* stream);
 
 }  // namespace CUDA
 }  // namespace secateur::topk
