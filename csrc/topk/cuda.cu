@@ -24,6 +24,8 @@ constexpr int kByte = 8;  // elements of one byte of the mask
 constexpr int kStride = kThreads * kByte;
 constexpr int kWarps = kThreads / 32;
 constexpr uint32_t kWarp = 0xffffffffu;
+// Blocks on a multiprocessor at once: where ptxas is not told, it spills registers to have more.
+constexpr int kMinBlocks = 2;
 // A block that counts has up to kBins numbers to hand in: no more blocks than fill a GPU.
 constexpr unsigned kMaxCountingBlocks = 1024;
 constexpr int64_t kPlacesPerBlock = kThreads * 8;
@@ -64,7 +66,7 @@ struct State {
   Phase phase;
   uint32_t blocks_done;  // of the running launch
   uint32_t bad_item;     // the first with a score that is an error
-  int32_t tolerance;     // how many sampled elements too wide an end of the interval may be
+  int64_t tolerance;     // how many sampled elements too wide an end of the interval may be
   Counter sampled;       // elements looked at, the dead included
   Counter pooled;        // elements collected, or that would have been if there were room
   Counter above, alive;  // counted by a sweep
@@ -80,21 +82,43 @@ struct Entry {
   uint8_t* mask;
   Counter* counts;
   int64_t numel, first_element, first_chunk;
-  double normalizer;
-  uint64_t seed;
+  ScoreParams params;
   Dtype dtype;
 };
 
-// What every kernel is told.
-struct Job {
+// Device memory, and how it is divided.
+struct Workspace {
   State* state;
-  const Entry* entries;
+  Entry* entries;
+  ScoreInputs* strided;
   Counter* bins;  // kBins for each target; zero between launches
-  void* keys;     // the pool: `capacity` places
   int64_t* indices;
+  void* keys;  // with the indices: the pool, of `capacity` places
+  int64_t bytes;
+
+  Workspace(const Problem& p, int64_t capacity, void* memory) {
+    const auto begin = reinterpret_cast<uintptr_t>(memory);
+    uintptr_t at = begin;
+    const auto take = [&]<typename T>(T*& array, int64_t n) {
+      array = reinterpret_cast<T*>(at);
+      at += static_cast<uintptr_t>(n) * sizeof(T);
+    };
+    take(state, 1);
+    take(entries, p.n_items);
+    take(strided, std::count_if(p.items, p.items + p.n_items,
+                                [](const Item& item) { return !in_vectors(item.inputs); }));
+    take(bins, kTargets * kBins);
+    take(indices, capacity);
+    keys = reinterpret_cast<void*>(at);
+    bytes = static_cast<int64_t>(at - begin) + capacity * (p.wide ? 8 : 4);
+  }
+};
+
+// What every kernel is told.
+struct Job : Workspace {
   int64_t* info;
   int64_t n_entries, n_chunks, numel, keep, capacity;
-  Range all;
+  Range all;  // places
   Formula formula;
   bool largest, finite, by_threshold;
 };
@@ -169,43 +193,45 @@ __device__ int count_at(const Entry& e, int64_t index) {
 }
 
 // Scores of N groups, kStride elements apart; zero beyond the end.
-template <typename S, Mode M, int N>
-__device__ void score_vectors(const Job& job, const Entry& e, int64_t index,
-                              Compute<S> (&x)[N][kByte]) {
+template <Mode M, typename T, int N>
+__device__ void score_vectors(const Job& job, const Entry& e, int64_t index, T (&x)[N][kByte]) {
   ScoreInputs in{};
   in.weight.data = const_cast<void*>(e.weight);
   in.grad.data = const_cast<void*>(e.grad);
   in.state.data = const_cast<void*>(e.state);
   in.formula = job.formula;
-  in.params = {e.normalizer, 0, 0, e.seed};
-  PackedOperands<S, kByte> packed[N];
+  in.params = e.params;
+  Operands<T, kByte> operands[N];
+  for_storage<T>(e.dtype, [&]<typename S>() {
+    PackedOperands<S, kByte> packed[N];
 #pragma unroll
-  for (int k = 0; k < N; ++k)
-    if (count_at(e, index + k * kStride) == kByte) packed[k].load(in, index + k * kStride);
+    for (int k = 0; k < N; ++k)
+      if (count_at(e, index + k * kStride) == kByte) packed[k].load(in, index + k * kStride);
 #pragma unroll
-  for (int k = 0; k < N; ++k) {
-    const int64_t first = index + k * kStride;
-    const int count = count_at(e, first);
-    auto operands = count == kByte ? packed[k].widened() : load_first<S, kByte>(in, first, count);
-    scores<M>(in, operands, first, x[k]);
-  }
+    for (int k = 0; k < N; ++k) {
+      const int64_t first = index + k * kStride;
+      const int count = count_at(e, first);
+      operands[k] = count == kByte ? packed[k].widened() : load_first<S, kByte>(in, first, count);
+    }
+  });
+#pragma unroll
+  for (int k = 0; k < N; ++k) scores<M>(in, operands[k], index + k * kStride, x[k]);
 }
 
-template <typename S, Mode M, int N>
-__device__ void score_elements(const Entry& e, int64_t index, Compute<S> (&x)[N][kByte]) {
-#pragma unroll
-  for (int k = 0; k < N; ++k) {
-    const int64_t first = index + k * kStride;
-    const int count = count_at(e, first);
+template <Mode M, typename T, int N>
+__device__ void score_elements(const Entry& e, int64_t index, T (&x)[N][kByte]) {
 #pragma unroll 1
-    for (int i = 0; i < count; ++i) {
-      auto operands = load_one<S>(*e.strided, first + i);
-      Compute<S> one[1];
-      scores<M>(*e.strided, operands, first + i, one);
-      // Registers have no index that changes while a kernel runs.
+  for (int m = 0; m < N * kByte; ++m) {
+    const int64_t i = index + m / kByte * kStride + m % kByte;
+    if (i >= e.numel) continue;
+    Operands<T, 1> operands;
+    for_storage<T>(e.dtype, [&]<typename S>() { operands = load_one<S>(*e.strided, i); });
+    T one[1];
+    scores<M>(*e.strided, operands, i, one);
+    // Registers have no index that changes while a kernel runs.
 #pragma unroll
-      for (int j = 0; j < kByte; ++j) x[k][j] = j == i ? one[0] : x[k][j];
-    }
+    for (int j = 0; j < N * kByte; ++j)
+      if (j == m) x[j / kByte][j % kByte] = one[0];
   }
 }
 
@@ -229,20 +255,22 @@ __device__ void load_groups(const Job& job, const Entry& e, int64_t index, Group
     if (e.alive && count > 0) g.living &= e.alive[g.index / kByte];
   }
   T x[N][kByte] = {};
-  for_storage<T>(e.dtype, [&]<typename S>() {
-    e.strided ? score_elements<S, M>(e, index, x) : score_vectors<S, M>(job, e, index, x);
-  });
+  e.strided ? score_elements<M>(e, index, x) : score_vectors<M>(job, e, index, x);
   const Int<T> limit = bits_as<Int<T>>(std::numeric_limits<T>::infinity()) - job.finite;
 #pragma unroll
   for (int k = 0; k < N; ++k) {
     Group<T>& g = groups[k];
-    uint32_t bad = 0;
+    Int<T> largest = 0;
 #pragma unroll
-    for (int i = 0; i < kByte; ++i) {
-      g.keys[i] = key_of(x[k][i], job.largest);
-      bad |= uint32_t{bits_as<Int<T>>(absolute(x[k][i])) > limit} << i;
+    for (int i = 0; i < kByte; ++i) largest = max(largest, bits_as<Int<T>>(absolute(x[k][i])));
+    g.bad = false;
+    if (largest > limit) {
+#pragma unroll
+      for (int i = 0; i < kByte; ++i)
+        g.bad |= bits_as<Int<T>>(absolute(x[k][i])) > limit && (g.living >> i & 1);
     }
-    g.bad = bad & g.living;
+#pragma unroll
+    for (int i = 0; i < kByte; ++i) g.keys[i] = key_of(x[k][i], job.largest);
   }
 }
 
@@ -270,28 +298,40 @@ struct Classes {
   uint32_t above, inside;
 };
 
+// By a range in device memory: keys are at hand, indices are for the few that lie inside.
 template <typename T>
-__device__ Classes classify(const Range& range, const Entry& e, const Group<T>& g) {
-  const Int<T> best = static_cast<Int<T>>(range.best.key);
-  const Int<T> worst = static_cast<Int<T>>(range.worst.key);
-  uint32_t above = 0, below = 0;
-#pragma unroll
-  for (int i = 0; i < kByte; ++i) {
-    above |= uint32_t{g.keys[i] > best} << i;
-    below |= uint32_t{g.keys[i] < worst} << i;
-  }
-  uint32_t inside = g.living & ~above & ~below;
-  if (inside) {  // which few are: now the indices count
+class Classifier {
+ public:
+  __device__ explicit Classifier(const Range& range)
+      : range_(range),
+        best_(static_cast<Int<T>>(range.best.key)),
+        worst_(static_cast<Int<T>>(range.worst.key)) {}
+
+  __device__ Classes operator()(const Entry& e, const Group<T>& g) const {
+    uint32_t above = 0, below = 0;
 #pragma unroll
     for (int i = 0; i < kByte; ++i) {
-      const Place p{g.keys[i], e.first_element + g.index + i};
-      const uint32_t bit = inside & 1u << i;
-      if (bit && worse(range.best, p)) above |= bit;
-      if (bit && (worse(range.best, p) || worse(p, range.worst))) inside &= ~bit;
+      above |= uint32_t{g.keys[i] > best_} << i;
+      below |= uint32_t{g.keys[i] < worst_} << i;
     }
+    uint32_t inside = g.living & ~above & ~below;
+    if (inside) {
+      const auto [best, worst] = range_;
+#pragma unroll
+      for (int i = 0; i < kByte; ++i) {
+        const Place p{g.keys[i], e.first_element + g.index + i};
+        const uint32_t bit = inside & 1u << i;
+        if (worse(best, p)) above |= bit;
+        if (worse(best, p) || worse(p, worst)) inside &= ~bit;
+      }
+    }
+    return {above & g.living, inside};
   }
-  return {above & g.living, inside};
-}
+
+ private:
+  const Range& range_;
+  Int<T> best_, worst_;
+};
 
 // The pool
 
@@ -355,7 +395,8 @@ class Collector {
 class Parts {
  public:
   __device__ explicit Parts(const Range& range) : Parts(range, range.best.key != range.worst.key) {}
-  __device__ Parts(const Range& range, bool by_key) : range_(range), by_key_(by_key) {
+  __device__ Parts(const Range& range, bool by_key)
+      : by_key_(by_key), origin_(by_key ? range.worst.key : range.worst.index) {
     static_assert(kBins == 1 << 11);
     const int bits = 64 - __clzll(static_cast<long long>(value(range.best)));
     shift_ = bits > 11 ? bits - 11 : 0;
@@ -364,29 +405,30 @@ class Parts {
   // Of a place in the range.
   __device__ int part_of(const Place& p) const { return static_cast<int>(value(p) >> shift_); }
 
-  // `last` is the last index there is.
-  __device__ Range part(int i, int64_t last) const {
-    const auto& [best, worst] = range_;
+  // Of the same range; `last` is the last index there is.
+  __device__ Range part(const Range& range, int i, int64_t last) const {
+    const auto& [best, worst] = range;
     const uint64_t low = static_cast<uint64_t>(i) << shift_;
     const uint64_t full = low + (uint64_t{1} << shift_) - 1, top = value(best);
     const uint64_t high = full < top ? full : top;
-    if (!by_key_)
-      return {{best.key, worst.index - static_cast<int64_t>(high)},
-              {best.key, worst.index - static_cast<int64_t>(low)}};
-    const auto origin = static_cast<uint64_t>(worst.key);
-    return {{static_cast<int64_t>(origin + high), high == top ? best.index : 0},
-            {static_cast<int64_t>(origin + low), low == 0 ? worst.index : last}};
+    const auto origin = static_cast<uint64_t>(origin_);
+    if (by_key_)
+      return {{static_cast<int64_t>(origin + high), high == top ? best.index : 0},
+              {static_cast<int64_t>(origin + low), low == 0 ? worst.index : last}};
+    return {{best.key, static_cast<int64_t>(origin - high)},
+            {best.key, static_cast<int64_t>(origin - low)}};
   }
 
  private:
-  // Larger is better; the difference of two keys may need all 64 bits.
+  // Larger is better. The difference of two keys may need all 64 bits.
   __device__ uint64_t value(const Place& p) const {
-    return by_key_ ? static_cast<uint64_t>(p.key) - static_cast<uint64_t>(range_.worst.key)
-                   : static_cast<uint64_t>(range_.worst.index - p.index);
+    const auto origin = static_cast<uint64_t>(origin_);
+    return by_key_ ? static_cast<uint64_t>(p.key) - origin
+                   : origin - static_cast<uint64_t>(p.index);
   }
 
-  Range range_;
   bool by_key_;
+  int64_t origin_;
   int shift_;
 };
 
@@ -437,7 +479,7 @@ __device__ void narrow(Target& target, const Count* bins, int64_t last) {
   if (rank > 0 && rank <= own) {  // in one thread
     int part = top;
     for (; rank > static_cast<int64_t>(bins[part]); --part) rank -= bins[part];
-    target = {Parts(t.range).part(part, last), rank, static_cast<int64_t>(bins[part])};
+    target = {Parts(t.range).part(t.range, part, last), rank, static_cast<int64_t>(bins[part])};
   }
   __syncthreads();
 }
@@ -570,7 +612,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Collects one group of each of `parts` equal parts of the elements.
 template <typename T, Mode M>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
     sample_kernel(const __grid_constant__ Job job, int64_t parts) {
   State& s = *job.state;
   SECATEUR_SHARED(Int<T>, keys, kWarps * Collector<Int<T>>::kRoom);
@@ -620,16 +662,17 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T, Mode M>
-__global__ void __launch_bounds__(kThreads) sweep_kernel(const __grid_constant__ Job job) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    sweep_kernel(const __grid_constant__ Job job) {
   State& s = *job.state;
   if (s.phase != Phase::Sweep) return;
   SECATEUR_SHARED(Int<T>, keys, kWarps * Collector<Int<T>>::kRoom);
   SECATEUR_SHARED(int64_t, indices, kWarps* Collector<Int<T>>::kRoom);
   Collector<Int<T>> collector(job, keys, indices);
-  const Range range = s.targets[0].range;
+  const Classifier<T> classify(s.targets[0].range);
   uint32_t n_above = 0, n_alive = 0, bad_item = kNoItem;
   for_groups<T, M>(job, [&](int item, const Entry& e, const Group<T>& g) {
-    const auto [above, inside] = classify(range, e, g);
+    const auto [above, inside] = classify(e, g);
     if (g.index < e.numel) e.mask[g.index / kByte] = static_cast<uint8_t>(above);
     n_above += __popc(above);
     n_alive += __popc(g.living);
@@ -646,13 +689,14 @@ __global__ void __launch_bounds__(kThreads) sweep_kernel(const __grid_constant__
 // Counts the elements in the parts of the first target's range. That ends there, or (narrowing)
 // leads to the next.
 template <typename T, Mode M>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
     histogram_kernel(const __grid_constant__ Job job, bool narrowing) {
   State& s = *job.state;
   if (s.phase != Phase::Histogram) return;
   SECATEUR_SHARED(uint32_t, bins, kBins);
   clear(bins, kBins);
-  const Range range = s.targets[0].range;
+  const Range& range = s.targets[0].range;
+  const Classifier<T> classify(range);
   const Parts parts = narrowing ? Parts(range) : Parts(range, true);
   Tally tally(bins);
   Counter* counts = nullptr;  // of the item that the next two are about
@@ -666,7 +710,7 @@ __global__ void __launch_bounds__(kThreads)
   for_groups<T, M>(job, [&](int item, const Entry& e, const Group<T>& g) {
     if (e.counts != counts) add_counts();
     counts = e.counts;
-    const auto [above, inside] = classify(range, e, g);
+    const auto [above, inside] = classify(e, g);
     n_above += __popc(above);
     n_inside += __popc(inside);
     n_alive += __popc(g.living);
@@ -748,58 +792,19 @@ class Upload {
   void* stream_;
 };
 
-// How the workspace is divided.
-struct Workspace {
-  State* state;
-  Entry* entries;
-  ScoreInputs* strided;
-  Counter* bins;
-  int64_t* indices;
-  void* keys;
-  int64_t bytes;
-
-  Workspace(const Problem& p, int64_t capacity, void* memory) {
-    const auto begin = reinterpret_cast<uintptr_t>(memory);
-    uintptr_t at = begin;
-    const auto take = [&]<typename T>(T*& array, int64_t n) {
-      array = reinterpret_cast<T*>(at);
-      at += static_cast<uintptr_t>(n) * sizeof(T);
-    };
-    take(state, 1);
-    take(entries, p.n_items);
-    take(strided, std::count_if(p.items, p.items + p.n_items,
-                                [](const Item& item) { return !in_vectors(item.inputs); }));
-    take(bins, kTargets * kBins);
-    take(indices, capacity);
-    keys = reinterpret_cast<void*>(at);
-    bytes = static_cast<int64_t>(at - begin) + capacity * (p.wide ? 8 : 4);
-  }
-};
-
-Entry entry_of(const Item& item, bool wide, const ScoreInputs* strided) {
-  const auto& [weight, grad, state, formula, params] = item.inputs;
-  return {weight.data,
-          grad.data,
-          state.data,
-          strided,
-          item.alive,
-          item.mask,
-          reinterpret_cast<Counter*>(item.counts),
-          item.numel,
-          item.first_element,
-          item.first_chunk,
-          params.normalizer,
-          params.seed,
-          input_dtype(item.inputs, wide)};
-}
-
-// Puts what kernels read into the workspace.
+// Puts what kernels read into device memory.
 void upload(const Problem& p, const Workspace& w, const State& state, void* stream) {
   Upload upload(w.state, stream);
   upload.add(state);
   const ScoreInputs* strided = w.strided;
-  for (int64_t i = 0; i < p.n_items; ++i)
-    upload.add(entry_of(p.items[i], p.wide, in_vectors(p.items[i].inputs) ? nullptr : strided++));
+  for (int64_t i = 0; i < p.n_items; ++i) {
+    const Item& item = p.items[i];
+    const auto& [weight, grad, score, formula, params] = item.inputs;
+    upload.add(Entry{weight.data, grad.data, score.data,
+                     in_vectors(item.inputs) ? nullptr : strided++, item.alive, item.mask,
+                     reinterpret_cast<Counter*>(item.counts), item.numel, item.first_element,
+                     item.first_chunk, params, input_dtype(item.inputs, p.wide)});
+  }
   for (int64_t i = 0; i < p.n_items; ++i)
     if (!in_vectors(p.items[i].inputs)) upload.add(p.items[i].inputs);
   upload.launch();
@@ -812,22 +817,10 @@ Range all_places(int64_t numel) {
 
 Job job_of(const Problem& p, const Workspace& w, int64_t capacity, const Range& all,
            int64_t* info) {
-  return {w.state,
-          w.entries,
-          w.bins,
-          w.keys,
-          w.indices,
-          info,
-          p.n_items,
-          p.n_chunks,
-          p.numel,
-          p.keep,
-          capacity,
-          all,
-          p.items[0].inputs.formula,
-          p.largest,
-          p.finite,
-          p.by_threshold};
+  return {w,          info,     p.n_items,
+          p.n_chunks, p.numel,  p.keep,
+          capacity,   all,      p.items[0].inputs.formula,
+          p.largest,  p.finite, p.by_threshold};
 }
 
 // Calls f.template operator()<T, M>() for the type of scores and the mode.
