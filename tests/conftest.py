@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from cuda_emulator.ops import EmulatedOps
 
 from secateur import _C
 
@@ -38,3 +39,15 @@ def place(request: pytest.FixtureRequest, restore: None) -> torch.device:
         return torch.device("cuda")
     _C.set_isa(request.param)
     return torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def plain() -> EmulatedOps:
+    """The CUDA kernels, emulated."""
+    return EmulatedOps("secateur_emulated", checked=False)
+
+
+@pytest.fixture(scope="session")
+def checked() -> EmulatedOps:
+    """The same, every access checked."""
+    return EmulatedOps("secateur_checked", checked=True)

@@ -20,16 +20,6 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def plain() -> EmulatedOps:
-    return EmulatedOps("secateur_emulated", checked=False)
-
-
-@pytest.fixture(scope="module")
-def checked() -> EmulatedOps:
-    return EmulatedOps("secateur_checked", checked=True)
-
-
 @pytest.fixture(params=["plain", pytest.param("checked", marks=pytest.mark.slow_cuda)])
 def emulated(request: pytest.FixtureRequest) -> EmulatedOps:
     ops: EmulatedOps = request.getfixturevalue(request.param)
