@@ -27,23 +27,6 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def plain() -> EmulatedOps:
-    return EmulatedOps("secateur_emulated", flavour=Flavour.PLAIN)
-
-
-@pytest.fixture(scope="module")
-def checked() -> EmulatedOps:
-    return EmulatedOps("secateur_checked", flavour=Flavour.CHECKED)
-
-
-@pytest.fixture(scope="module")
-def ptx() -> EmulatedOps:
-    if nvcc() is None:
-        pytest.skip("needs nvcc, which makes the PTX")
-    return EmulatedOps("secateur_ptx", flavour=Flavour.PTX)
-
-
 SLOW = pytest.mark.slow_cuda
 
 

@@ -121,6 +121,15 @@ __device__ void scores(const ScoreInputs& in, Operands<T, N>& x, int64_t index, 
   });
 }
 
+// A score as an integer of which the larger is better; 0.0 and -0.0 have the same.
+template <typename T>
+SECATEUR_HD Int<T> key_of(T score, bool largest) {
+  constexpr int sign = sizeof(T) * 8 - 1;
+  const Int<T> bits = bits_as<Int<T>>(score + T(0));
+  const Int<T> key = bits ^ ((bits >> sign) & ~(Int<T>{1} << sign));
+  return largest ? key : ~key;
+}
+
 // Stores N elements at an aligned address.
 template <typename T, int N>
 __device__ void store_vectors(T* to, const T (&x)[N]) {

@@ -21,6 +21,18 @@ inline unsigned blocks_for(int64_t tiles) {
 
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kLoadBytes == 0; }
 
+// The last of the entries whose kFirst, which does not decrease, is at most `at`; the first one's
+// is.
+template <auto kFirst, typename Entry>
+__device__ int find(const Entry* entries, int64_t count, int64_t at) {
+  int low = 0, high = static_cast<int>(count);
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (entries[middle].*kFirst <= at ? low : high) = middle;
+  }
+  return low;
+}
+
 // Sets `bits` of *word if some thread found something; called by all threads of a block. Atomic,
 // since other blocks report there as well.
 __device__ inline void report(uint32_t* word, uint32_t bits, bool found) {

@@ -169,17 +169,6 @@ __device__ bool apply_tile(const Strided& t, int64_t tile) {
   return apply_elements<uint16_t>(t, tile);
 }
 
-// The entry that `tile` belongs to.
-template <typename Entry>
-__device__ int find(const Table<Entry>& table, int64_t tile) {
-  int low = 0, high = table.count;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    (table.entries[middle].first_tile <= tile ? low : high) = middle;
-  }
-  return low;
-}
-
 // Called by all threads of a block. Four flags lie in a word.
 __device__ void report_flag(uint32_t* flags, int flag, bool found) {
   report(flags + flag / 4, 1u << flag % 4 * 8, found);
@@ -191,7 +180,7 @@ __global__ void __launch_bounds__(kThreads)
   int current = -1;
   bool found = false;
   for (int64_t tile = blockIdx.x; tile < table.tiles; tile += gridDim.x) {
-    const int next = find(table, tile);
+    const int next = find<&Entry::first_tile>(table.entries, table.count, tile);
     if (next != current && current >= 0) {
       report_flag(table.flags, table.entries[current].flag, found);
       found = false;

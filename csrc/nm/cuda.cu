@@ -20,14 +20,10 @@ constexpr int kTile = 2048;
 template <typename T>
 constexpr Int<T> kWorst = std::numeric_limits<Int<T>>::min();
 
-// A score as an integer of which the larger is better; 0.0 and -0.0 have the same.
 template <typename T>
 __device__ Int<T> key_of(T score, bool largest, bool& bad) {
-  constexpr Int<T> limit = std::numeric_limits<Int<T>>::max();
-  const Int<T> bits = bits_as<Int<T>>(score + T(0));
-  bad |= (bits & limit) >= bits_as<Int<T>>(std::numeric_limits<T>::infinity());
-  const Int<T> key = bits ^ ((bits >> (sizeof(T) * 8 - 1)) & limit);
-  return largest ? key : ~key;
+  bad |= bits_as<Int<T>>(absolute(score)) >= bits_as<Int<T>>(std::numeric_limits<T>::infinity());
+  return secateur::key_of(score, largest);
 }
 
 template <typename T, int N>

@@ -28,12 +28,8 @@ struct Candidates {
 
 enum class Step : int32_t { Sample, Sweep, Histogram, Fill, Done };
 
-// The selection as a state machine: while step is not Done, run() does tasks 0 to n_tasks of the
-// step, in any order and on any threads, and advance() chooses the next step.
-// Scores are compared as keys: integers in the order of preference, the score's width.
-struct Search {
-  // The problem. Either `keep` elements are wanted, or (by_threshold) those no worse than
-  // `threshold`.
+// Either the `keep` best elements are wanted, or (by_threshold) those no worse than `threshold`.
+struct Problem {
   const Item* items;
   int64_t n_items;
   int64_t numel;     // of all items
@@ -45,7 +41,12 @@ struct Search {
   bool by_threshold;
   double threshold;
   int64_t keep;
+};
 
+// The selection as a state machine: while step is not Done, run() does tasks 0 to n_tasks of the
+// step, in any order and on any threads, and advance() chooses the next step.
+// Scores are compared as keys: integers in the order of preference, the score's width.
+struct Search : Problem {
   // Working memory: n_chunks candidates, `capacity` keys (of the score's width) and offsets.
   Candidates* candidates;
   void* keys;
@@ -77,4 +78,18 @@ using Run = void(Search& search, int64_t begin, int64_t end);
 SECATEUR_PER_ISA(Capacity capacity; Advance start; Advance start_histogram; Advance advance;
                  Run run)
 
+// On a CUDA stream; they return a cudaError_t. `workspace` is device memory, aligned to 16 bytes,
+// of as many bytes as workspace_bytes() says; `info` are two numbers, written: the first item with
+// a score that is an error, or -1, and how many elements there are to choose from.
+namespace CUDA {
+
+// How many elements a selection among `numel` wants room for, and a histogram: none.
+int64_t capacity(int64_t numel);
+int64_t workspace_bytes(const Problem& problem, int64_t capacity);
+int select(const Problem& problem, int64_t capacity, void* workspace, int64_t* info, void* stream);
+// bins[kBins], zero before: how many keys of low..high, clipped to the keys there are, each holds.
+int histogram(const Problem& problem, int64_t low, int64_t high, void* workspace, int64_t* bins,
+              int64_t* info, void* stream);
+
+}  // namespace CUDA
 }  // namespace secateur::topk

@@ -42,7 +42,7 @@ def topk_mask(scores: Sequence[Tensor], keep: int) -> list[Tensor]:
     """Mark the ``keep`` largest elements of a list of tensors.
 
     Exact: of equal scores the earlier tensor, then the lower logical index wins; -0.0 equals 0.0.
-    The result is the same for every instruction set and thread count.
+    The result is the same for every device, instruction set and thread count.
 
     Args:
         scores: floating point, one dtype and device, any shapes and strides; infinities allowed.
