@@ -1,0 +1,701 @@
+#pragma once
+// Block-sparse products in bfloat16 and half on tensor cores (mma.sync m16n8k16, sums in fp32).
+//
+// A line is a block row, for dX a block column; its live blocks side by side, wherever they lie in
+// the grid, are its strip. All three products are tiles of 128 rows by the features of a line:
+//   Forward         Y = X W^T     rows of the batch, summed along the strip, of which X (dY) is
+//   InputGradient   dX = dY W     gathered by 16 bytes: blocks of 8 meet two by two in one mma
+//   WeightGradient  dW = dY^T X   features of the strip, summed along the batch: smaller blocks
+//                                 share what is loaded of dY
+// Data movement: cp.async from L2 to a ring of four stages in shared memory, 16 bytes at a time and
+// so permuted that ldmatrix meets every bank once. Sums stay in registers, go through shared
+// memory, since only there they are whole rows again, and are written once, by 16 bytes. What lies
+// outside of the matrices is not read, and not let through: copies put zeros in its place on both
+// sides, as zero times NaN would be NaN.
+//
+// Bound: a tile of 128 x b does 128 b / (128 + b) FLOP for each byte that it loads: 64, 43, 26, 14
+// and 7.5 for b = 128, 64, 32, 16 and 8. At the 5.5 TB/s of an H100's L2 that is 350, 235, 140, 78
+// and 41 TFLOP/s, all below what its mma.sync can do. Shared memory is no narrower: warp tiles of
+// 64 x 64, 64 x 32 and 32 x b do 32, 21 and 32 b / (32 + b) FLOP for each byte they read, and a
+// multiprocessor reads 128 bytes a clock of it where L2 gives it some 25.
+//
+// Balance: a line that is longer than its share of the machine is cut into pieces, which come first
+// and whose sums a second kernel adds up in order. That takes the number of live blocks, which the
+// host knows, and ptr, which never leaves the device. Pieces are thread blocks: the hardware gives
+// them out as others end, and those beside it on a multiprocessor hide how its ring fills.
+#include "block_sparse/block_sparse.h"
+#include "common/activation.h"
+#include "common/kernels.cuh"
+#include "common/mma.cuh"
+
+namespace secateur::block_sparse::CUDA::tensor_cores {
+namespace {
+
+constexpr int kWarps = 4;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kRows = 128;              // of a tile
+constexpr int kDepth = 32;              // of a stage
+constexpr int kStages = 4;              // of the ring
+constexpr int kChunk = kLoadBytes / 2;  // elements
+constexpr int kGroup = 8;               // tiles of the batch that take turns at each line
+constexpr int kMinPiece = 1024;         // features; adding two pieces up costs about as much
+constexpr int kMinPart = 512;           // the same for rows of the batch, for dW
+constexpr int kBlocksPerMultiprocessor = 2;
+
+// A product as its kernels see it.
+struct Work {
+  // Line l has blocks [ptr[l], ptr[l + 1]). Block q lies at index[q] along the strip's side of the
+  // matrix, is block position[q] of the values (null: q), and that belongs to line_of[position[q]].
+  const int32_t *ptr, *index, *position, *line_of;
+  int lines, width;  // of so many features each
+  int inner;         // features of a block along the strip,
+  int step;          // of which one stage takes so many, at least one
+  int line_features, strip_features;
+  int batch;
+  const void* gathered;  // X, for dX dY: (batch, strip_features), strides in elements
+  int64_t gathered_stride;
+  const void* dense;  // of dW, dY: (batch, line_features)
+  int64_t dense_stride;
+  const void *values, *bias;  // bias may be null
+  Activation activation;
+  void* out;
+  // A line of more than `longest` blocks is cut. Of all blocks in order, every longest-th ends a
+  // cut: so many are the pieces beyond the first of their lines, at the most.
+  int longest, cuts;
+  int parts;           // of the batch: tiles, but for dW
+  int rows_of_a_part;  // rows each
+  float* sums;         // a tile for each piece and part of those that are added up
+
+  __host__ __device__ int items() const { return lines + cuts; }
+};
+
+// ---------------------------------------------------------------- shared memory
+
+// A row-major tile of kCols columns, of which chunks are permuted within rows: the same chunk of
+// neighbouring rows lies in different banks, for as many rows as 128 bytes hold chunks.
+template <typename E, int kCols>
+struct Permuted {
+  static constexpr int kLine = 128 / static_cast<int>(sizeof(E)) / kChunk;  // chunks
+  static constexpr int kChunks = kCols / kChunk;
+  static constexpr int kPeriod = kChunks < kLine ? kChunks : kLine;
+  static constexpr int kRowsOfALine = kLine / kPeriod;
+
+  static constexpr int offset(int row, int chunk) {
+    return row * kCols + (chunk ^ row / kRowsOfALine % kPeriod) * kChunk;
+  }
+
+  static constexpr bool meets_every_bank() {
+    for (int first = 0; first < 4 * kLine; first += kLine)
+      for (int chunk = 0; chunk < kChunks; ++chunk) {
+        unsigned met = 0;
+        for (int row = first; row < first + kLine; ++row)
+          met |= 1u << offset(row, chunk) / kChunk % kLine;
+        if (met != (1u << kLine) - 1) return false;
+      }
+    return true;
+  }
+};
+
+// One operand of a tile's product, a stage of it: kLength rows, kDepth deep. Transposed it lies in
+// memory with `depth` as its rows.
+template <typename T, int kLength, bool kLeft, bool kTransposed>
+struct Operand {
+  using Layout = Permuted<T, kTransposed ? kLength : kDepth>;
+  static_assert(Layout::meets_every_bank());
+  static constexpr int kElements = kLength * kDepth;
+
+  // Where the chunk from (row, depth) on lies, along depth, or transposed along rows.
+  static constexpr int offset(int row, int depth) {
+    return kTransposed ? Layout::offset(depth, row / kChunk) : Layout::offset(row, depth / kChunk);
+  }
+
+  // kCount matrices of 8 x 8 from (row, depth) on, in the order in which mma takes them: the left
+  // operand row by row first, the right one by depth.
+  template <int kCount>
+  __device__ static void load(uint32_t (&to)[kCount], const T* tile, int row, int depth) {
+    const int lane = threadIdx.x % 32, matrix = lane / 8 % kCount, line = lane % 8;
+    row += 8 * (kLeft ? matrix % 2 : matrix / 2);
+    depth += 8 * (kLeft ? matrix / 2 : matrix % 2);
+    (kTransposed ? depth : row) += line;
+    load_matrices<kTransposed>(to, tile + offset(row, depth));
+  }
+};
+
+// How the warps of a block share its tile of kRows x N.
+template <int N>
+struct Tile {
+  static constexpr int kWarpRows = N >= 64 ? 64 : 32;
+  static constexpr int kWarpCols = N == 128 ? 64 : N == 64 ? 32 : N;
+  static constexpr int kStage = (kRows + N) * kDepth;  // elements
+  static constexpr int kSharedBytes = kStages * kStage * 2;
+  using Results = Permuted<float, N>;
+
+  static_assert(kRows / kWarpRows * (N / kWarpCols) == kWarps);
+  static_assert(kWarpRows % 16 == 0 && (kWarpCols % 16 == 0 || kWarpCols == 8));
+  static_assert(kRows * N * 4 <= kSharedBytes, "results take the place of the ring");
+  static_assert(kSharedBytes <= 99 << 10);
+};
+
+// ---------------------------------------------------------------- who does what
+
+// Some neighbouring blocks of a line.
+struct Piece {
+  int line, begin, end;
+  int number, count;  // of the pieces of its line
+  int slot;           // pieces of a line that is cut have slots that follow each other
+};
+
+// Items are pieces beyond the first of their lines, and then the lines themselves. Every longest-th
+// block brings such a piece to the line that it lies in; some lines, short ones, have no use for
+// it: false.
+__device__ bool find(const Work& w, int item, Piece& piece) {
+  const bool first = item >= w.cuts;
+  if (first) {
+    piece.line = item - w.cuts;
+  } else {
+    const int block = (item + 1) * w.longest - 1;
+    piece.line = w.line_of[w.position ? w.position[block] : block];
+  }
+  const int begin = w.ptr[piece.line], length = w.ptr[piece.line + 1] - begin;
+  const int cut = begin / w.longest;
+  piece.number = first ? 0 : item + 1 - cut;
+  piece.count = length > w.longest ? (length + w.longest - 1) / w.longest : 1;
+  piece.begin = begin + static_cast<int>(int64_t{length} * piece.number / piece.count);
+  piece.end = begin + static_cast<int>(int64_t{length} * (piece.number + 1) / piece.count);
+  piece.slot = 2 * cut + piece.number;
+  return piece.number < piece.count;
+}
+
+// Rows [row, row + rows) of the batch.
+struct Part {
+  int row, rows;
+};
+
+__device__ Part part_of(const Work& w, int number) {
+  const int row = number * w.rows_of_a_part, rest = w.batch - row;
+  return {row, rest < w.rows_of_a_part ? rest : w.rows_of_a_part};
+}
+
+// ---------------------------------------------------------------- products
+
+// How many bytes of a chunk are within a matrix of which `left` elements follow.
+__device__ int bytes_within(int left) {
+  return left >= kChunk ? kLoadBytes : left > 0 ? 2 * left : 0;
+}
+
+// Walks along a strip, a stage at a time; reads the pattern one stage ahead.
+struct Walk {
+  int block, end, offset;  // in the block
+  int index = 0, position = 0;
+
+  __device__ Walk(const Work& w, const Piece& piece, int at)
+      : block(piece.begin + at / w.inner), end(piece.end), offset(at % w.inner) {
+    look_up(w);
+  }
+
+  __device__ void advance(const Work& w) {
+    offset += kDepth;
+    if (offset < w.inner) return;
+    offset -= w.step * w.inner;
+    block += w.step;
+    look_up(w);
+  }
+
+  __device__ int feature(const Work& w) const { return index * w.inner + offset; }
+  // How many features of the matrix follow, its own included; 0 beyond the piece.
+  __device__ int left(const Work& w) const {
+    return block < end ? w.strip_features - feature(w) : 0;
+  }
+
+ private:
+  __device__ void look_up(const Work& w) {
+    if (block >= end) return;
+    index = w.index[block];
+    position = w.position ? w.position[block] : block;
+  }
+};
+
+// What a product's kernel asks of it: the layout of its operands, how deep its sums are, and stages
+// of both operands, one after the other.
+
+// X, or dY for dX: a thread copies one chunk of every kStep-th row.
+template <typename T>
+class Gathered {
+ public:
+  using Left = Operand<T, kRows, true, false>;
+  static constexpr bool kSumsBatch = false;
+
+  __device__ Gathered(const Work& w, const Piece& piece, const Part& part)
+      : w_(w),
+        row_(threadIdx.x / kChunks),
+        at_(threadIdx.x % kChunks * kChunk),
+        walk_(w, piece, at_),
+        from_(static_cast<const T*>(w.gathered) + (part.row + row_) * w.gathered_stride),
+        rows_(part.rows),
+        depth_((piece.end - piece.begin) * w.inner) {}
+
+  __device__ int depth() const { return depth_; }
+
+ protected:
+  static constexpr int kChunks = kDepth / kChunk;
+  static constexpr int kStep = kThreads / kChunks;
+
+  __device__ void fetch_left(T* to) {
+    const int bytes = bytes_within(walk_.left(w_));
+    const T* const from = from_ + walk_.feature(w_);
+#pragma unroll
+    for (int i = 0; i < kRows; i += kStep)
+      copy_async(to + Left::offset(row_ + i, at_), from + i * w_.gathered_stride,
+                 row_ + i < rows_ ? bytes : 0);
+    walk_.advance(w_);
+  }
+
+  const Work& w_;
+  const int row_, at_;  // of a stage, its first
+  Walk walk_;
+  const T* const from_;
+  const int rows_, depth_;
+};
+
+template <typename T, int N>
+class Forward : public Gathered<T> {
+ public:
+  using Right = Operand<T, N, false, false>;
+
+  __device__ Forward(const Work& w, const Piece& piece, const Part& part)
+      : Gathered<T>(w, piece, part), features_(w.line_features - piece.line * N) {}
+
+  __device__ void fetch(T* left, T* right) {
+    const int bytes = bytes_within(walk_.left(w_));
+    const T* const from = static_cast<const T*>(w_.values) +
+                          (int64_t{walk_.position} * N + row_) * w_.inner + walk_.offset;
+    if (N >= kStep || row_ < N)
+#pragma unroll
+      for (int i = 0; i < N; i += kStep)
+        copy_async(right + Right::offset(row_ + i, at_), from + i * w_.inner,
+                   row_ + i < features_ ? bytes : 0);
+    this->fetch_left(left);
+  }
+
+ private:
+  using Base = Gathered<T>;
+  using Base::at_, Base::kStep, Base::row_, Base::w_, Base::walk_;
+  const int features_;  // of the line, within the matrix
+};
+
+// A row of a block is a column of the strip: a thread copies chunks of one.
+template <typename T, int N>
+class InputGradient : public Gathered<T> {
+ public:
+  using Right = Operand<T, N, false, true>;
+
+  __device__ InputGradient(const Work& w, const Piece& piece, const Part& part)
+      : Gathered<T>(w, piece, part),
+        depth_(threadIdx.x / kThreadsOfARow),
+        walk_(w, piece, depth_),
+        features_(w.line_features - piece.line * N) {}
+
+  __device__ void fetch(T* left, T* right) {
+    this->fetch_left(left);
+    if (N < 32 && depth_ >= kDepth) return;
+    const bool inside = walk_.left(w_) > 0;
+    const T* const from =
+        static_cast<const T*>(w_.values) + (int64_t{walk_.position} * w_.inner + walk_.offset) * N;
+#pragma unroll
+    for (int i = 0; i < N; i += kThreadsOfARow * kChunk) {
+      // Threads that write at once have two rows, and chunks of both halves of the banks.
+      const int swap = N >= 64 ? depth_ % 2 * kThreadsOfARow * kChunk : 0;
+      const int at = threadIdx.x % kThreadsOfARow * kChunk + (i ^ swap);
+      copy_async(right + Right::offset(at, depth_), from + at,
+                 inside ? bytes_within(features_ - at) : 0);
+    }
+    walk_.advance(w_);
+  }
+
+ private:
+  static constexpr int kThreadsOfARow = N < 32 ? N / kChunk : 4;
+  using Gathered<T>::w_;
+  const int depth_;  // in a stage
+  Walk walk_;
+  const int features_;
+};
+
+// Columns of X and dY: a thread copies one chunk of some rows of the batch.
+template <typename T, int N>
+class WeightGradient {
+ public:
+  using Left = Operand<T, kRows, true, true>;
+  using Right = Operand<T, N, false, true>;
+  static constexpr bool kSumsBatch = true;
+
+  __device__ WeightGradient(const Work& w, const Piece& piece, const Part& part)
+      : w_(w), rows_(part.rows), left_rows_(part.rows) {
+    const Walk walk(w, piece, at<kRows>());
+    gathered_bytes_ = bytes_within(walk.left(w));
+    gathered_ = static_cast<const T*>(w.gathered) +
+                (part.row + depth<kRows>()) * w.gathered_stride + walk.feature(w);
+    const int feature = piece.line * N + at<N>();
+    dense_bytes_ = bytes_within(w.line_features - feature);
+    dense_ = static_cast<const T*>(w.dense) + (part.row + depth<N>()) * w.dense_stride + feature;
+  }
+
+  __device__ int depth() const { return rows_; }
+
+  __device__ void fetch(T* left, T* right) {
+    fetch<Left, kRows>(left, gathered_, w_.gathered_stride, gathered_bytes_);
+    fetch<Right, N>(right, dense_, w_.dense_stride, dense_bytes_);
+    left_rows_ -= kDepth;
+  }
+
+ private:
+  template <int kLength>
+  __device__ static int at() {
+    return threadIdx.x % (kLength / kChunk) * kChunk;
+  }
+  template <int kLength>
+  __device__ static int depth() {
+    return threadIdx.x / (kLength / kChunk);
+  }
+
+  template <typename O, int kLength>
+  __device__ void fetch(T* to, const T*& from, int64_t stride, int bytes) const {
+    constexpr int kStep = kThreads / (kLength / kChunk);
+    const int first = depth<kLength>();
+    if (kStep <= kDepth || first < kDepth)
+#pragma unroll
+      for (int i = 0; i < kDepth; i += kStep)
+        copy_async(to + O::offset(at<kLength>(), first + i), from + i * stride,
+                   first + i < left_rows_ ? bytes : 0);
+    from += kDepth * stride;
+  }
+
+  const Work& w_;
+  const int rows_;
+  int left_rows_;
+  const T *gathered_, *dense_;
+  int gathered_bytes_, dense_bytes_;
+};
+
+// ---------------------------------------------------------------- results
+
+// One chunk of results: a row of the batch, or for dW of blocks, from element `col` of the tile on.
+template <typename T, bool kWeightGradient>
+__device__ void write(const Work& w, const Piece& piece, const Part& part, int row, int col,
+                      float (&v)[kChunk]) {
+  T* to = static_cast<T*>(w.out);
+  int count = kChunk;
+  if constexpr (kWeightGradient) {
+    const int block = piece.begin + col / w.inner, offset = col % w.inner;
+    if (block >= piece.end) return;
+    to += (int64_t{block} * w.width + row) * w.inner + offset;
+    const int left = piece.line * w.width + row < w.line_features
+                         ? w.strip_features - (w.index[block] * w.inner + offset)
+                         : 0;
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i)
+      if (i >= left) v[i] = 0;  // beyond the edge, whatever the other factor is
+  } else {
+    const int feature = piece.line * w.width + col;
+    count = w.line_features - feature;
+    if (row >= part.rows || count <= 0) return;
+    to += int64_t{part.row + row} * w.line_features + feature;
+    const T* const bias = static_cast<const T*>(w.bias);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      if (bias && i < count) v[i] += widen(bias[feature + i]);
+      if (w.activation == Activation::Relu) v[i] = relu(v[i]);
+      if (w.activation == Activation::Gelu) v[i] = gelu(v[i]);
+    }
+  }
+  const uint4 pairs{narrow_pair<T>(v[0], v[1]), narrow_pair<T>(v[2], v[3]),
+                    narrow_pair<T>(v[4], v[5]), narrow_pair<T>(v[6], v[7])};
+  if (count >= kChunk && reinterpret_cast<uintptr_t>(to) % kLoadBytes == 0) {
+    *reinterpret_cast<uint4*>(to) = pairs;
+  } else {
+    const uint32_t words[] = {pairs.x, pairs.y, pairs.z, pairs.w};
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i)
+      if (i < count) to[i].bits = static_cast<uint16_t>(words[i / 2] >> 16 * (i % 2));
+  }
+}
+
+// ---------------------------------------------------------------- kernels
+
+template <typename T, template <typename, int> typename P, int N>
+__global__ void __launch_bounds__(kThreads) multiply_kernel(const __grid_constant__ Work w) {
+  using Source = P<T, N>;
+  using Left = typename Source::Left;
+  using Right = typename Source::Right;
+  constexpr int kWarpRows = Tile<N>::kWarpRows, kWarpCols = Tile<N>::kWarpCols;
+  SECATEUR_DYNAMIC_SHARED(T, ring);
+
+  const int block = static_cast<int>(blockIdx.x);
+  int item, number;
+  if constexpr (Source::kSumsBatch) {
+    item = block % w.items();
+    number = block / w.items();
+  } else {
+    const int group = block / (kGroup * w.items()), at = block % (kGroup * w.items());
+    const int rest = w.parts - group * kGroup, size = rest < kGroup ? rest : kGroup;
+    item = at / size;
+    number = group * kGroup + at % size;
+  }
+  Piece piece;
+  if (!find(w, item, piece) || (Source::kSumsBatch && piece.begin == piece.end)) return;
+  const Part part = part_of(w, number);
+
+  Source source(w, piece, part);
+  const auto stage = [&](int i) { return ring + i % kStages * Tile<N>::kStage; };
+  const auto fetch = [&](int i) { source.fetch(stage(i), stage(i) + Left::kElements); };
+  const int stages = (source.depth() + kDepth - 1) / kDepth;
+  for (int i = 0; i < kStages - 1; ++i) {
+    if (i < stages) fetch(i);
+    commit_copies();
+  }
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int warp_row = warp % (kRows / kWarpRows) * kWarpRows;
+  const int warp_col = warp / (kRows / kWarpRows) * kWarpCols;
+  float sums[kWarpRows / 16][kWarpCols / 8][4] = {};
+  for (int i = 0; i < stages; ++i) {
+    wait_for_copies<kStages - 2>();
+    __syncthreads();  // the stage is there, and all are done with the one before
+    if (i + kStages - 1 < stages) fetch(i + kStages - 1);
+    commit_copies();
+    const T* const left = stage(i);
+    const T* const right = left + Left::kElements;
+#pragma unroll
+    for (int depth = 0; depth < kDepth; depth += 16) {
+      uint32_t a[kWarpRows / 16][4];
+#pragma unroll
+      for (int r = 0; r < kWarpRows / 16; ++r) Left::load(a[r], left, warp_row + 16 * r, depth);
+      constexpr int kAtOnce = kWarpCols == 8 ? 1 : 2;
+#pragma unroll
+      for (int c = 0; c < kWarpCols / 8; c += kAtOnce) {
+        uint32_t b[2 * kAtOnce];
+        Right::load(b, right, warp_col + 8 * c, depth);
+#pragma unroll
+        for (int r = 0; r < kWarpRows / 16; ++r)
+#pragma unroll
+          for (int j = 0; j < kAtOnce; ++j)
+            multiply_accumulate<T>(sums[r][c + j], a[r], {b[2 * j], b[2 * j + 1]});
+      }
+    }
+  }
+  wait_for_copies<0>();
+  __syncthreads();
+
+  // The tile as it lies in the result: dW has the features of the line as its rows.
+  constexpr int kResultCols = Source::kSumsBatch ? kRows : N;
+  using Results = Permuted<float, kResultCols>;
+  static_assert(Results::meets_every_bank());
+  float* const results = reinterpret_cast<float*>(ring);
+#pragma unroll
+  for (int r = 0; r < kWarpRows / 8; ++r)
+#pragma unroll
+    for (int c = 0; c < kWarpCols / 8; ++c) {
+      const int row = warp_row + 8 * r + lane / 4, col = warp_col + 8 * c + lane % 4 * 2;
+      const float first = sums[r / 2][c][r % 2 * 2], second = sums[r / 2][c][r % 2 * 2 + 1];
+      if constexpr (Source::kSumsBatch) {
+        results[Results::offset(col, row / kChunk) + row % kChunk] = first;
+        results[Results::offset(col + 1, row / kChunk) + row % kChunk] = second;
+      } else {
+        *reinterpret_cast<float2*>(results + Results::offset(row, col / kChunk) + col % kChunk) = {
+            first, second};
+      }
+    }
+  __syncthreads();
+  const bool whole = Source::kSumsBatch ? w.parts == 1 : piece.count == 1;
+  const int64_t slot = Source::kSumsBatch ? int64_t{number} * w.items() + item
+                                          : int64_t{piece.slot} * w.parts + number;
+  float4* const sums_out = reinterpret_cast<float4*>(w.sums) + slot * (kRows * N / 4);
+  for (int i = threadIdx.x; i < kRows * N / kChunk; i += kThreads) {
+    const int row = i * kChunk / kResultCols, col = i * kChunk % kResultCols;
+    const float4* const from =
+        reinterpret_cast<const float4*>(results + Results::offset(row, col / kChunk));
+    const float4 low = from[0], high = from[1];
+    if (whole) {
+      float v[kChunk] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+      write<T, Source::kSumsBatch>(w, piece, part, row, col, v);
+    } else {
+      sums_out[2 * i] = low;
+      sums_out[2 * i + 1] = high;
+    }
+  }
+}
+
+// Adds up what pieces of a line, or for dW parts of the batch, have left; always in their order.
+template <typename T, bool kWeightGradient>
+__global__ void __launch_bounds__(kThreads) add_kernel(const __grid_constant__ Work w) {
+  const int block = static_cast<int>(blockIdx.x);
+  const int item = kWeightGradient ? block : block / w.parts;
+  const int number = kWeightGradient ? 0 : block % w.parts;
+  Piece piece;
+  if (!find(w, item, piece)) return;
+  if (kWeightGradient ? piece.begin == piece.end : piece.number != 1) return;  // one for its line
+  int count = piece.count, step = w.parts;
+  int64_t slot = int64_t{piece.slot - 1} * w.parts + number;
+  if (kWeightGradient) {
+    count = w.parts;
+    step = w.items();
+    slot = item;
+  }
+  const int chunks = kRows * w.width / kChunk, i = blockIdx.y * kThreads + threadIdx.x;
+  const float4* from = reinterpret_cast<const float4*>(w.sums) + 2 * (slot * chunks + i);
+  float v[kChunk] = {};
+  for (int k = 0; k < count; ++k, from += 2 * int64_t{step} * chunks) {
+    const float4 low = from[0], high = from[1];
+    const float part[] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j) v[j] += part[j];
+  }
+  const int cols = kWeightGradient ? kRows : w.width;
+  write<T, kWeightGradient>(w, piece, part_of(w, number), i * kChunk / cols, i * kChunk % cols, v);
+}
+
+// ---------------------------------------------------------------- launches
+
+int multiprocessors() {
+  int device = 0, count = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
+Work work_of(const Args& a, float* sums) {
+  const bool by_columns = a.product == Product::InputGradient;
+  const bool sums_batch = a.product == Product::WeightGradient;
+  Work w{};
+  w.ptr = by_columns ? a.col_ptr : a.row_ptr;
+  w.index = by_columns ? a.row_t : a.col;
+  w.position = by_columns ? a.position_t : nullptr;
+  w.line_of = by_columns ? a.col : a.row_of;
+  w.lines = static_cast<int>(by_columns ? a.block_cols : a.block_rows);
+  w.width = static_cast<int>(by_columns ? a.cols : a.rows);
+  w.inner = static_cast<int>(by_columns ? a.rows : a.cols);
+  w.step = w.inner < kDepth ? kDepth / w.inner : 1;
+  w.line_features = static_cast<int>(by_columns ? a.in_features : a.out_features);
+  w.strip_features = static_cast<int>(by_columns ? a.out_features : a.in_features);
+  w.batch = static_cast<int>(a.batch);
+  w.gathered = by_columns ? a.dy : a.x;
+  w.gathered_stride = by_columns ? a.dy_stride : a.x_stride;
+  w.dense = a.dy;
+  w.dense_stride = a.dy_stride;
+  w.values = a.values;
+  w.bias = a.bias;
+  w.activation = a.activation;
+  w.out = sums_batch ? a.dw : a.out;
+  w.sums = sums;
+
+  const int64_t share = kBlocksPerMultiprocessor * multiprocessors();  // of the machine
+  if (sums_batch) {
+    w.longest = kRows / w.inner;
+    w.cuts = static_cast<int>(a.n_blocks / w.longest);
+    const int64_t most = std::max<int64_t>(1, a.batch / kMinPart);
+    const int64_t parts = std::clamp<int64_t>(share / w.items(), 1, most);
+    w.rows_of_a_part = static_cast<int>(ceil_div(ceil_div(a.batch, parts), kDepth)) * kDepth;
+    w.parts = a.batch ? static_cast<int>(ceil_div(a.batch, w.rows_of_a_part)) : 1;
+  } else {
+    w.rows_of_a_part = kRows;
+    w.parts = static_cast<int>(ceil_div(a.batch, kRows));
+    const int64_t most = std::max<int64_t>(1, ceil_div(w.strip_features, w.inner));
+    const int64_t even =
+        std::max(ceil_div(a.n_blocks * w.parts, share), ceil_div(kMinPiece, w.inner));
+    w.longest = static_cast<int>(std::min(even, most));
+    w.cuts = even < most ? static_cast<int>(a.n_blocks / even) : 0;
+  }
+  return w;
+}
+
+// Calls f.template operator()<N>() for lines of N features; false if there are no such tiles.
+template <typename F>
+bool for_width(int64_t width, F&& f) {
+  switch (width) {
+    case 8:
+      f.template operator()<8>();
+      return true;
+    case 16:
+      f.template operator()<16>();
+      return true;
+    case 32:
+      f.template operator()<32>();
+      return true;
+    case 64:
+      f.template operator()<64>();
+      return true;
+    case 128:
+      f.template operator()<128>();
+      return true;
+    default:
+      return false;
+  }
+}
+
+template <typename T, template <typename, int> typename P, int N>
+void launch(const Work& w, void* stream) {
+  constexpr bool kSumsBatch = P<T, N>::kSumsBatch;
+  const auto kernel = multiply_kernel<T, P, N>;
+  constexpr int kSharedBytes = Tile<N>::kSharedBytes;
+  if constexpr (kSharedBytes > 48 << 10)
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  const unsigned blocks = static_cast<unsigned>(int64_t{w.items()} * w.parts);
+  SECATEUR_LAUNCH(kernel, blocks, kThreads, kSharedBytes, stream, w);
+  const int sums = kSumsBatch ? w.parts > 1 ? w.items() : 0 : w.cuts * w.parts;
+  if (sums > 0)
+    SECATEUR_LAUNCH((add_kernel<T, kSumsBatch>), dim3(sums, kRows * N / kChunk / kThreads),
+                    kThreads, 0, stream, w);
+}
+
+template <typename T>
+void launch(const Args& a, const Work& w, void* stream) {
+  for_width(w.width, [&]<int N>() {
+    if (a.product == Product::Forward)
+      launch<T, Forward, N>(w, stream);
+    else if (a.product == Product::InputGradient)
+      launch<T, InputGradient, N>(w, stream);
+    else
+      launch<T, WeightGradient, N>(w, stream);
+  });
+}
+
+bool rows_are_aligned(const void* data, int64_t stride) {
+  return aligned(data) && stride % kChunk == 0;
+}
+
+}  // namespace
+
+// Whether the kernels here take a product: in 16 bits, blocks that are tiles, rows of operands that
+// begin at multiples of 16 bytes, and sizes of 32 bits.
+inline bool takes(const Args& a) {
+  if (a.dtype != Dtype::BFloat16 && a.dtype != Dtype::Half) return false;
+  const auto nothing = []<int>() {};
+  if (!for_width(a.rows, nothing) || !for_width(a.cols, nothing)) return false;
+  if (a.x && !rows_are_aligned(a.x, a.x_stride)) return false;
+  if (a.dy && !rows_are_aligned(a.dy, a.dy_stride)) return false;
+  if (!aligned(a.values)) return false;
+  constexpr int64_t kMost = (int64_t{1} << 31) - 2 * kRows;
+  const auto few = [](int64_t a, int64_t b) { return b == 0 || a <= kMost / b; };
+  const int64_t lines = a.product == Product::InputGradient ? a.block_cols : a.block_rows;
+  return a.batch <= kMost && a.out_features <= kMost && a.in_features <= kMost &&
+         few(lines + a.n_blocks, ceil_div(a.batch, kRows));
+}
+
+// The workspace of run(), in bytes.
+inline int64_t workspace_bytes(const Args& a) {
+  const Work w = work_of(a, nullptr);
+  const int64_t tiles = a.product != Product::WeightGradient ? int64_t{2} * w.cuts * w.parts
+                        : w.parts > 1                        ? int64_t{w.items()} * w.parts
+                                                             : 0;
+  return tiles * kRows * w.width * static_cast<int64_t>(sizeof(float));
+}
+
+// Launches a product that takes() takes, whose result is not empty.
+inline int run(const Args& a, void* workspace, void* stream) {
+  const Work w = work_of(a, static_cast<float*>(workspace));
+  if (a.dtype == Dtype::BFloat16)
+    launch<BFloat16>(a, w, stream);
+  else
+    launch<Half>(a, w, stream);
+  return cudaGetLastError();
+}
+
+}  // namespace secateur::block_sparse::CUDA::tensor_cores
