@@ -23,6 +23,8 @@
 // and whose sums a second kernel adds up in order. That takes the number of live blocks, which the
 // host knows, and ptr, which never leaves the device. Pieces are thread blocks: the hardware gives
 // them out as others end, and those beside it on a multiprocessor hide how its ring fills.
+#include <limits>
+
 #include "block_sparse/block_sparse.h"
 #include "common/activation.h"
 #include "common/kernels.cuh"
@@ -552,6 +554,25 @@ __global__ void __launch_bounds__(kThreads) add_kernel(const __grid_constant__ W
   write<T, kWeightGradient>(w, piece, part_of(w, number), i * kChunk / cols, i * kChunk % cols, v);
 }
 
+// Rows of a matrix to where each begins at a multiple of 16 bytes; what lies between is not
+// written.
+struct Copy {
+  const uint16_t* from;
+  int64_t stride, rows, cols;
+  uint16_t* to;
+  int64_t pitch;
+};
+
+__global__ void __launch_bounds__(kThreads) align_kernel(const __grid_constant__ Copy c) {
+  const int64_t chunks = c.pitch / kChunk, step = int64_t{gridDim.x} * kThreads;
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < c.rows * chunks; i += step) {
+    const int64_t row = i / chunks, col = i % chunks * kChunk;
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j)
+      if (col + j < c.cols) c.to[row * c.pitch + col + j] = c.from[row * c.stride + col + j];
+  }
+}
+
 // ---------------------------------------------------------------- launches
 
 int multiprocessors() {
@@ -561,49 +582,94 @@ int multiprocessors() {
   return count;
 }
 
-Work work_of(const Args& a, float* sums) {
-  const bool by_columns = a.product == Product::InputGradient;
-  const bool sums_batch = a.product == Product::WeightGradient;
-  Work w{};
-  w.ptr = by_columns ? a.col_ptr : a.row_ptr;
-  w.index = by_columns ? a.row_t : a.col;
-  w.position = by_columns ? a.position_t : nullptr;
-  w.line_of = by_columns ? a.col : a.row_of;
-  w.lines = static_cast<int>(by_columns ? a.block_cols : a.block_rows);
-  w.width = static_cast<int>(by_columns ? a.cols : a.rows);
-  w.inner = static_cast<int>(by_columns ? a.rows : a.cols);
-  w.step = w.inner < kDepth ? kDepth / w.inner : 1;
-  w.line_features = static_cast<int>(by_columns ? a.in_features : a.out_features);
-  w.strip_features = static_cast<int>(by_columns ? a.out_features : a.in_features);
-  w.batch = static_cast<int>(a.batch);
-  w.gathered = by_columns ? a.dy : a.x;
-  w.gathered_stride = by_columns ? a.dy_stride : a.x_stride;
-  w.dense = a.dy;
-  w.dense_stride = a.dy_stride;
-  w.values = a.values;
-  w.bias = a.bias;
-  w.activation = a.activation;
-  w.out = sums_batch ? a.dw : a.out;
-  w.sums = sums;
+// Hands out parts of a workspace; with none it only counts.
+class Workspace {
+ public:
+  explicit Workspace(void* memory) : memory_(static_cast<char*>(memory)) {}
 
-  const int64_t share = kBlocksPerMultiprocessor * multiprocessors();  // of the machine
+  void* take(int64_t bytes) {
+    void* const taken = memory_ ? memory_ + used_ : nullptr;
+    used_ += ceil_div(bytes, kLoadBytes) * kLoadBytes;
+    return taken;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* memory_;
+  int64_t used_ = 0;
+};
+
+struct Plan {
+  Work work;
+  Copy copies[2];  // of operands that are not aligned
+  int count = 0;
+
+  // Puts an aligned copy in the place of an operand that is not.
+  void align(const void*& data, int64_t& stride, int64_t rows, int64_t cols, Workspace& space) {
+    if (aligned(data) && stride % kChunk == 0) return;
+    const int64_t pitch = ceil_div(cols, kChunk) * kChunk;
+    void* const to = space.take(rows * pitch * 2);
+    copies[count++] = {static_cast<const uint16_t*>(data), stride, rows, cols,
+                       static_cast<uint16_t*>(to),         pitch};
+    data = to;
+    stride = pitch;
+  }
+};
+
+Plan plan_of(const Problem& p, Workspace& space) {
+  const bool by_columns = p.product == Product::InputGradient;
+  const bool sums_batch = p.product == Product::WeightGradient;
+  Plan plan{};
+  Work& w = plan.work;
+  w.ptr = by_columns ? p.col_ptr : p.row_ptr;
+  w.index = by_columns ? p.row_t : p.col;
+  w.position = by_columns ? p.position_t : nullptr;
+  w.line_of = by_columns ? p.col : p.row_of;
+  w.lines = static_cast<int>(by_columns ? p.block_cols : p.block_rows);
+  w.width = static_cast<int>(by_columns ? p.cols : p.rows);
+  w.inner = static_cast<int>(by_columns ? p.rows : p.cols);
+  w.step = w.inner < kDepth ? kDepth / w.inner : 1;
+  w.line_features = static_cast<int>(by_columns ? p.in_features : p.out_features);
+  w.strip_features = static_cast<int>(by_columns ? p.out_features : p.in_features);
+  w.batch = static_cast<int>(p.batch);
+  w.gathered = by_columns ? p.dy : p.x;
+  w.gathered_stride = by_columns ? p.dy_stride : p.x_stride;
+  plan.align(w.gathered, w.gathered_stride, p.batch, w.strip_features, space);
+  if (sums_batch) {
+    w.dense = p.dy;
+    w.dense_stride = p.dy_stride;
+    plan.align(w.dense, w.dense_stride, p.batch, w.line_features, space);
+  } else {
+    int64_t stride = 0;  // a single row
+    w.values = p.values;
+    plan.align(w.values, stride, 1, p.n_blocks * p.rows * p.cols, space);
+  }
+  w.bias = p.bias;
+  w.activation = p.activation;
+  w.out = sums_batch ? p.dw : p.out;
+
+  const int64_t share = kBlocksPerMultiprocessor * multiprocessors();  // thread blocks at once
+  int64_t tiles;                                                       // of sums
   if (sums_batch) {
     w.longest = kRows / w.inner;
-    w.cuts = static_cast<int>(a.n_blocks / w.longest);
-    const int64_t most = std::max<int64_t>(1, a.batch / kMinPart);
+    w.cuts = static_cast<int>(p.n_blocks / w.longest);
+    const int64_t most = std::max<int64_t>(1, p.batch / kMinPart);
     const int64_t parts = std::clamp<int64_t>(share / w.items(), 1, most);
-    w.rows_of_a_part = static_cast<int>(ceil_div(ceil_div(a.batch, parts), kDepth)) * kDepth;
-    w.parts = a.batch ? static_cast<int>(ceil_div(a.batch, w.rows_of_a_part)) : 1;
+    w.rows_of_a_part = static_cast<int>(ceil_div(ceil_div(p.batch, parts), kDepth)) * kDepth;
+    w.parts = static_cast<int>(ceil_div(p.batch, w.rows_of_a_part));
+    tiles = w.parts > 1 ? int64_t{w.items()} * w.parts : 0;
   } else {
     w.rows_of_a_part = kRows;
-    w.parts = static_cast<int>(ceil_div(a.batch, kRows));
+    w.parts = static_cast<int>(ceil_div(p.batch, kRows));
     const int64_t most = std::max<int64_t>(1, ceil_div(w.strip_features, w.inner));
     const int64_t even =
-        std::max(ceil_div(a.n_blocks * w.parts, share), ceil_div(kMinPiece, w.inner));
+        std::max(ceil_div(p.n_blocks * w.parts, share), ceil_div(kMinPiece, w.inner));
     w.longest = static_cast<int>(std::min(even, most));
-    w.cuts = even < most ? static_cast<int>(a.n_blocks / even) : 0;
+    w.cuts = even < most ? static_cast<int>(p.n_blocks / even) : 0;
+    tiles = int64_t{2} * w.cuts * w.parts;
   }
-  return w;
+  w.sums = static_cast<float*>(space.take(tiles * kRows * w.width * sizeof(float)));
+  return plan;
 }
 
 // Calls f.template operator()<N>() for lines of N features; false if there are no such tiles.
@@ -646,56 +712,50 @@ void launch(const Work& w, void* stream) {
 }
 
 template <typename T>
-void launch(const Args& a, const Work& w, void* stream) {
+void launch(Product product, const Work& w, void* stream) {
   for_width(w.width, [&]<int N>() {
-    if (a.product == Product::Forward)
+    if (product == Product::Forward)
       launch<T, Forward, N>(w, stream);
-    else if (a.product == Product::InputGradient)
+    else if (product == Product::InputGradient)
       launch<T, InputGradient, N>(w, stream);
     else
       launch<T, WeightGradient, N>(w, stream);
   });
 }
 
-bool rows_are_aligned(const void* data, int64_t stride) {
-  return aligned(data) && stride % kChunk == 0;
+// Whether the kernels here take a product: in 16 bits, of blocks that are tiles, and not so large
+// that 32 bits do not count its features, rows and thread blocks.
+bool takes(const Problem& p) {
+  const auto width = []<int>() {};
+  if (p.dtype != Dtype::BFloat16 && p.dtype != Dtype::Half) return false;
+  if (!for_width(p.rows, width) || !for_width(p.cols, width)) return false;
+  constexpr int64_t kMost = std::numeric_limits<int>::max() - kGroup * kRows;
+  const int64_t items = p.n_blocks + std::max(p.block_rows, p.block_cols);
+  return p.batch <= kMost && p.out_features <= kMost && p.in_features <= kMost &&
+         items <= kMost / std::max<int64_t>(kGroup, ceil_div(p.batch, kRows));
 }
 
-}  // namespace
-
-// Whether the kernels here take a product: in 16 bits, blocks that are tiles, rows of operands that
-// begin at multiples of 16 bytes, and sizes of 32 bits.
-inline bool takes(const Args& a) {
-  if (a.dtype != Dtype::BFloat16 && a.dtype != Dtype::Half) return false;
-  const auto nothing = []<int>() {};
-  if (!for_width(a.rows, nothing) || !for_width(a.cols, nothing)) return false;
-  if (a.x && !rows_are_aligned(a.x, a.x_stride)) return false;
-  if (a.dy && !rows_are_aligned(a.dy, a.dy_stride)) return false;
-  if (!aligned(a.values)) return false;
-  constexpr int64_t kMost = (int64_t{1} << 31) - 2 * kRows;
-  const auto few = [](int64_t a, int64_t b) { return b == 0 || a <= kMost / b; };
-  const int64_t lines = a.product == Product::InputGradient ? a.block_cols : a.block_rows;
-  return a.batch <= kMost && a.out_features <= kMost && a.in_features <= kMost &&
-         few(lines + a.n_blocks, ceil_div(a.batch, kRows));
+int64_t workspace_bytes(const Problem& p) {
+  Workspace none(nullptr);
+  plan_of(p, none);
+  return none.used();
 }
 
-// The workspace of run(), in bytes.
-inline int64_t workspace_bytes(const Args& a) {
-  const Work w = work_of(a, nullptr);
-  const int64_t tiles = a.product != Product::WeightGradient ? int64_t{2} * w.cuts * w.parts
-                        : w.parts > 1                        ? int64_t{w.items()} * w.parts
-                                                             : 0;
-  return tiles * kRows * w.width * static_cast<int64_t>(sizeof(float));
-}
-
-// Launches a product that takes() takes, whose result is not empty.
-inline int run(const Args& a, void* workspace, void* stream) {
-  const Work w = work_of(a, static_cast<float*>(workspace));
-  if (a.dtype == Dtype::BFloat16)
-    launch<BFloat16>(a, w, stream);
+// A product that takes() takes.
+int run(const Problem& p, void* workspace, void* stream) {
+  Workspace space(workspace);
+  const Plan plan = plan_of(p, space);
+  for (int i = 0; i < plan.count; ++i) {
+    const Copy& copy = plan.copies[i];
+    const unsigned blocks = blocks_for(ceil_div(copy.rows * copy.pitch, kThreads * kChunk));
+    SECATEUR_LAUNCH(align_kernel, blocks, kThreads, 0, stream, copy);
+  }
+  if (p.dtype == Dtype::BFloat16)
+    launch<BFloat16>(p.product, plan.work, stream);
   else
-    launch<Half>(a, w, stream);
+    launch<Half>(p.product, plan.work, stream);
   return cudaGetLastError();
 }
 
+}  // namespace
 }  // namespace secateur::block_sparse::CUDA::tensor_cores
