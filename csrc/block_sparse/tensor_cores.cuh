@@ -8,10 +8,11 @@
 //   WeightGradient  dW = dY^T X   features of the strip, summed along the batch: smaller blocks
 //                                 share what is loaded of dY
 // Data movement: cp.async from L2 to a ring of four stages in shared memory, 16 bytes at a time and
-// so permuted that ldmatrix meets every bank once. Sums stay in registers, go through shared
-// memory, since only there they are whole rows again, and are written once, by 16 bytes. What lies
-// outside of the matrices is not read, and not let through: copies put zeros in its place on both
-// sides, as zero times NaN would be NaN.
+// permuted so that ldmatrix meets every bank once. Sums stay in registers, pass through shared
+// memory to become whole rows, and are written once, by 16 bytes. What lies outside of the matrices
+// is neither read nor let through: copies put zeros in its place on both sides, as zero times NaN
+// would be NaN. Operands that are not aligned are copied first, which costs little beside the
+// product.
 //
 // Bound: a tile of 128 x b does 128 b / (128 + b) FLOP for each byte that it loads: 64, 43, 26, 14
 // and 7.5 for b = 128, 64, 32, 16 and 8. At the 5.5 TB/s of an H100's L2 that is 350, 235, 140, 78
@@ -21,7 +22,7 @@
 //
 // Balance: a line that is longer than its share of the machine is cut into pieces, which come first
 // and whose sums a second kernel adds up in order. That takes the number of live blocks, which the
-// host knows, and ptr, which never leaves the device. Pieces are thread blocks: the hardware gives
+// host knows, and ptr, which never leaves the device. A piece is a thread block: the hardware gives
 // them out as others end, and those beside it on a multiprocessor hide how its ring fills.
 #include <limits>
 
@@ -40,9 +41,9 @@ constexpr int kDepth = 32;              // of a stage
 constexpr int kStages = 4;              // of the ring
 constexpr int kChunk = kLoadBytes / 2;  // elements
 constexpr int kGroup = 8;               // tiles of the batch that take turns at each line
-constexpr int kMinPiece = 1024;         // features; adding two pieces up costs about as much
-constexpr int kMinPart = 512;           // the same for rows of the batch, for dW
-constexpr int kBlocksPerMultiprocessor = 2;
+constexpr int kMinPiece = 1024;         // features: a shorter piece saves less than its sums cost
+constexpr int kMinPart = 512;           // rows of the batch, likewise for dW
+constexpr int kShared = 160 << 10;      // bytes of the rings on a multiprocessor, of an A100
 
 // A product as its kernels see it.
 struct Work {
@@ -61,12 +62,12 @@ struct Work {
   const void *values, *bias;  // bias may be null
   Activation activation;
   void* out;
-  // A line of more than `longest` blocks is cut. Of all blocks in order, every longest-th ends a
-  // cut: so many are the pieces beyond the first of their lines, at the most.
+  // A line of more than `longest` blocks is cut into pieces. Beside the first ones of their lines
+  // there are at most `cuts`: one for every `longest` blocks of all lines.
   int longest, cuts;
-  int parts;           // of the batch: tiles, but for dW
-  int rows_of_a_part;  // rows each
-  float* sums;         // a tile for each piece and part of those that are added up
+  int parts;           // of the batch, each
+  int rows_of_a_part;  // so many rows: of one tile, but for dW
+  float* sums;         // tiles that are yet to be added up
 
   __host__ __device__ int items() const { return lines + cuts; }
 };
@@ -106,13 +107,13 @@ struct Operand {
   static_assert(Layout::meets_every_bank());
   static constexpr int kElements = kLength * kDepth;
 
-  // Where the chunk from (row, depth) on lies, along depth, or transposed along rows.
+  // Where the chunk that starts at (row, depth) lies; it runs along depth, transposed along rows.
   static constexpr int offset(int row, int depth) {
     return kTransposed ? Layout::offset(depth, row / kChunk) : Layout::offset(row, depth / kChunk);
   }
 
-  // kCount matrices of 8 x 8 from (row, depth) on, in the order in which mma takes them: the left
-  // operand row by row first, the right one by depth.
+  // kCount matrices of 8 x 8 from (row, depth) on in the order in which mma takes them: the second
+  // one follows the first along the rows of the left operand, along the depth of the right one.
   template <int kCount>
   __device__ static void load(uint32_t (&to)[kCount], const T* tile, int row, int depth) {
     const int lane = threadIdx.x % 32, matrix = lane / 8 % kCount, line = lane % 8;
@@ -123,33 +124,34 @@ struct Operand {
   }
 };
 
+constexpr int ring_bytes(int width) { return kStages * (kRows + width) * kDepth * 2; }
+
 // How the warps of a block share its tile of kRows x N.
 template <int N>
 struct Tile {
   static constexpr int kWarpRows = N >= 64 ? 64 : 32;
   static constexpr int kWarpCols = N == 128 ? 64 : N == 64 ? 32 : N;
-  static constexpr int kStage = (kRows + N) * kDepth;  // elements
-  static constexpr int kSharedBytes = kStages * kStage * 2;
-  using Results = Permuted<float, N>;
+  static constexpr int kWarpsAlongRows = kRows / kWarpRows;
+  static constexpr int kStage = (kRows + N) * kDepth;    // elements
+  using Sums = float[kWarpRows / 16][kWarpCols / 8][4];  // of a lane, as mma has them
 
-  static_assert(kRows / kWarpRows * (N / kWarpCols) == kWarps);
+  static_assert(kWarpsAlongRows * (N / kWarpCols) == kWarps);
   static_assert(kWarpRows % 16 == 0 && (kWarpCols % 16 == 0 || kWarpCols == 8));
-  static_assert(kRows * N * 4 <= kSharedBytes, "results take the place of the ring");
-  static_assert(kSharedBytes <= 99 << 10);
+  static_assert(kRows * N * 4 <= ring_bytes(N), "results take the place of the ring");
+  static_assert(ring_bytes(N) <= 99 << 10);
 };
 
 // ---------------------------------------------------------------- who does what
 
-// Some neighbouring blocks of a line.
+// Neighbouring blocks of a line: [begin, end).
 struct Piece {
   int line, begin, end;
   int number, count;  // of the pieces of its line
-  int slot;           // pieces of a line that is cut have slots that follow each other
+  int slot;           // for its sums; consecutive ones for the pieces of a line
 };
 
-// Items are pieces beyond the first of their lines, and then the lines themselves. Every longest-th
-// block brings such a piece to the line that it lies in; some lines, short ones, have no use for
-// it: false.
+// Items are the second and further pieces of lines, and then the first ones. Every longest-th block
+// brings a further piece to the line it is in; where that line is too short to need it: false.
 __device__ bool find(const Work& w, int item, Piece& piece) {
   const bool first = item >= w.cuts;
   if (first) {
@@ -217,10 +219,10 @@ struct Walk {
   }
 };
 
-// What a product's kernel asks of it: the layout of its operands, how deep its sums are, and stages
-// of both operands, one after the other.
+// Products are classes that say how both operands lie in shared memory and how deep the sums are,
+// and that fetch one stage after the other.
 
-// X, or dY for dX: a thread copies one chunk of every kStep-th row.
+// X, or dY for dX: a thread copies the same chunk of every kStep-th row.
 template <typename T>
 class Gathered {
  public:
@@ -253,7 +255,7 @@ class Gathered {
   }
 
   const Work& w_;
-  const int row_, at_;  // of a stage, its first
+  const int row_, at_;  // of a thread's first chunk; along the stage's depth
   Walk walk_;
   const T* const from_;
   const int rows_, depth_;
@@ -285,7 +287,7 @@ class Forward : public Gathered<T> {
   const int features_;  // of the line, within the matrix
 };
 
-// A row of a block is a column of the strip: a thread copies chunks of one.
+// What are rows of the blocks here is the strip's depth: a thread copies chunks of one row.
 template <typename T, int N>
 class InputGradient : public Gathered<T> {
  public:
@@ -322,7 +324,7 @@ class InputGradient : public Gathered<T> {
   const int features_;
 };
 
-// Columns of X and dY: a thread copies one chunk of some rows of the batch.
+// Both operands are columns of a matrix: a thread copies the same chunk of every kStep-th row.
 template <typename T, int N>
 class WeightGradient {
  public:
@@ -381,12 +383,12 @@ class WeightGradient {
 // ---------------------------------------------------------------- results
 
 // One chunk of results: a row of the batch, or for dW of blocks, from element `col` of the tile on.
-template <typename T, bool kWeightGradient>
+template <typename T, bool kSumsBatch>
 __device__ void write(const Work& w, const Piece& piece, const Part& part, int row, int col,
                       float (&v)[kChunk]) {
   T* to = static_cast<T*>(w.out);
   int count = kChunk;
-  if constexpr (kWeightGradient) {
+  if constexpr (kSumsBatch) {
     const int block = piece.begin + col / w.inner, offset = col % w.inner;
     if (block >= piece.end) return;
     to += (int64_t{block} * w.width + row) * w.inner + offset;
@@ -423,135 +425,150 @@ __device__ void write(const Work& w, const Piece& piece, const Part& part, int r
 
 // ---------------------------------------------------------------- kernels
 
-template <typename T, template <typename, int> typename P, int N>
-__global__ void __launch_bounds__(kThreads) multiply_kernel(const __grid_constant__ Work w) {
-  using Source = P<T, N>;
-  using Left = typename Source::Left;
-  using Right = typename Source::Right;
-  constexpr int kWarpRows = Tile<N>::kWarpRows, kWarpCols = Tile<N>::kWarpCols;
-  SECATEUR_DYNAMIC_SHARED(T, ring);
+// Where the tile of a warp begins in that of its block.
+template <int N>
+struct WarpTile {
+  const int row = threadIdx.x / 32 % Tile<N>::kWarpsAlongRows * Tile<N>::kWarpRows;
+  const int col = threadIdx.x / 32 / Tile<N>::kWarpsAlongRows * Tile<N>::kWarpCols;
+};
 
-  const int block = static_cast<int>(blockIdx.x);
-  int item, number;
-  if constexpr (Source::kSumsBatch) {
-    item = block % w.items();
-    number = block / w.items();
+template <typename T, typename P, int N>
+__device__ void multiply_stage(const T* stage, typename Tile<N>::Sums& sums) {
+  constexpr int kWarpRows = Tile<N>::kWarpRows, kWarpCols = Tile<N>::kWarpCols;
+  constexpr int kAtOnce = kWarpCols == 8 ? 1 : 2;  // right matrices of 16 x 8
+  const WarpTile<N> at;
+  const T* const right = stage + P::Left::kElements;
+#pragma unroll
+  for (int depth = 0; depth < kDepth; depth += 16) {
+    uint32_t a[kWarpRows / 16][4];
+#pragma unroll
+    for (int r = 0; r < kWarpRows / 16; ++r) P::Left::load(a[r], stage, at.row + 16 * r, depth);
+#pragma unroll
+    for (int c = 0; c < kWarpCols / 8; c += kAtOnce) {
+      uint32_t b[2 * kAtOnce];
+      P::Right::load(b, right, at.col + 8 * c, depth);
+#pragma unroll
+      for (int r = 0; r < kWarpRows / 16; ++r)
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j)
+          multiply_accumulate<T>(sums[r][c + j], a[r], {b[2 * j], b[2 * j + 1]});
+    }
+  }
+}
+
+// A tile in shared memory as it lies in the result: dW has the features of the line as its rows.
+template <typename P, int N>
+using Results = Permuted<float, P::kSumsBatch ? kRows : N>;
+
+template <typename P, int N>
+__device__ void arrange(const typename Tile<N>::Sums& sums, float* results) {
+  using Layout = Results<P, N>;
+  static_assert(Layout::meets_every_bank());
+  const WarpTile<N> at;
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int r = 0; r < Tile<N>::kWarpRows / 8; ++r)
+#pragma unroll
+    for (int c = 0; c < Tile<N>::kWarpCols / 8; ++c) {
+      const int row = at.row + 8 * r + lane / 4, col = at.col + 8 * c + lane % 4 * 2;
+      const float first = sums[r / 2][c][r % 2 * 2], second = sums[r / 2][c][r % 2 * 2 + 1];
+      if constexpr (P::kSumsBatch) {
+        results[Layout::offset(col, row / kChunk) + row % kChunk] = first;
+        results[Layout::offset(col + 1, row / kChunk) + row % kChunk] = second;
+      } else {
+        float* const to = results + Layout::offset(row, col / kChunk) + col % kChunk;
+        *reinterpret_cast<float2*>(to) = {first, second};
+      }
+    }
+}
+
+template <typename T, template <typename, int> typename Product, int N>
+__global__ void __launch_bounds__(kThreads) multiply_kernel(const __grid_constant__ Work w) {
+  using P = Product<T, N>;
+  SECATEUR_DYNAMIC_SHARED(T, ring);
+  const int block = static_cast<int>(blockIdx.x), items = w.items();
+  int item, number;  // of the piece, of the part
+  if constexpr (P::kSumsBatch) {
+    item = block % items;
+    number = block / items;
   } else {
-    const int group = block / (kGroup * w.items()), at = block % (kGroup * w.items());
+    // L2 is to hold what a group of tiles needs of X (dY): every line reads it again.
+    const int group = block / (kGroup * items), at = block % (kGroup * items);
     const int rest = w.parts - group * kGroup, size = rest < kGroup ? rest : kGroup;
     item = at / size;
     number = group * kGroup + at % size;
   }
   Piece piece;
-  if (!find(w, item, piece) || (Source::kSumsBatch && piece.begin == piece.end)) return;
+  if (!find(w, item, piece) || (P::kSumsBatch && piece.begin == piece.end)) return;
   const Part part = part_of(w, number);
 
-  Source source(w, piece, part);
+  P product(w, piece, part);
+  const int stages = (product.depth() + kDepth - 1) / kDepth;
   const auto stage = [&](int i) { return ring + i % kStages * Tile<N>::kStage; };
-  const auto fetch = [&](int i) { source.fetch(stage(i), stage(i) + Left::kElements); };
-  const int stages = (source.depth() + kDepth - 1) / kDepth;
-  for (int i = 0; i < kStages - 1; ++i) {
-    if (i < stages) fetch(i);
+  // Every stage is a group of copies, beyond the last one an empty group.
+  const auto fetch = [&](int i) {
+    if (i < stages) product.fetch(stage(i), stage(i) + P::Left::kElements);
     commit_copies();
-  }
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int warp_row = warp % (kRows / kWarpRows) * kWarpRows;
-  const int warp_col = warp / (kRows / kWarpRows) * kWarpCols;
-  float sums[kWarpRows / 16][kWarpCols / 8][4] = {};
+  };
+  for (int i = 0; i < kStages - 1; ++i) fetch(i);
+  typename Tile<N>::Sums sums = {};
   for (int i = 0; i < stages; ++i) {
     wait_for_copies<kStages - 2>();
-    __syncthreads();  // the stage is there, and all are done with the one before
-    if (i + kStages - 1 < stages) fetch(i + kStages - 1);
-    commit_copies();
-    const T* const left = stage(i);
-    const T* const right = left + Left::kElements;
-#pragma unroll
-    for (int depth = 0; depth < kDepth; depth += 16) {
-      uint32_t a[kWarpRows / 16][4];
-#pragma unroll
-      for (int r = 0; r < kWarpRows / 16; ++r) Left::load(a[r], left, warp_row + 16 * r, depth);
-      constexpr int kAtOnce = kWarpCols == 8 ? 1 : 2;
-#pragma unroll
-      for (int c = 0; c < kWarpCols / 8; c += kAtOnce) {
-        uint32_t b[2 * kAtOnce];
-        Right::load(b, right, warp_col + 8 * c, depth);
-#pragma unroll
-        for (int r = 0; r < kWarpRows / 16; ++r)
-#pragma unroll
-          for (int j = 0; j < kAtOnce; ++j)
-            multiply_accumulate<T>(sums[r][c + j], a[r], {b[2 * j], b[2 * j + 1]});
-      }
-    }
+    __syncthreads();  // stage i is there, and nobody reads the one before any more
+    fetch(i + kStages - 1);
+    multiply_stage<T, P, N>(stage(i), sums);
   }
   wait_for_copies<0>();
   __syncthreads();
 
-  // The tile as it lies in the result: dW has the features of the line as its rows.
-  constexpr int kResultCols = Source::kSumsBatch ? kRows : N;
-  using Results = Permuted<float, kResultCols>;
-  static_assert(Results::meets_every_bank());
   float* const results = reinterpret_cast<float*>(ring);
-#pragma unroll
-  for (int r = 0; r < kWarpRows / 8; ++r)
-#pragma unroll
-    for (int c = 0; c < kWarpCols / 8; ++c) {
-      const int row = warp_row + 8 * r + lane / 4, col = warp_col + 8 * c + lane % 4 * 2;
-      const float first = sums[r / 2][c][r % 2 * 2], second = sums[r / 2][c][r % 2 * 2 + 1];
-      if constexpr (Source::kSumsBatch) {
-        results[Results::offset(col, row / kChunk) + row % kChunk] = first;
-        results[Results::offset(col + 1, row / kChunk) + row % kChunk] = second;
-      } else {
-        *reinterpret_cast<float2*>(results + Results::offset(row, col / kChunk) + col % kChunk) = {
-            first, second};
-      }
-    }
+  arrange<P, N>(sums, results);
   __syncthreads();
-  const bool whole = Source::kSumsBatch ? w.parts == 1 : piece.count == 1;
-  const int64_t slot = Source::kSumsBatch ? int64_t{number} * w.items() + item
-                                          : int64_t{piece.slot} * w.parts + number;
-  float4* const sums_out = reinterpret_cast<float4*>(w.sums) + slot * (kRows * N / 4);
+  const bool whole = P::kSumsBatch ? w.parts == 1 : piece.count == 1;
+  const int64_t slot =
+      P::kSumsBatch ? int64_t{number} * items + item : int64_t{piece.slot} * w.parts + number;
+  float4* const to = reinterpret_cast<float4*>(w.sums) + slot * (kRows * N / 4);
+  constexpr int kCols = P::kSumsBatch ? kRows : N;
   for (int i = threadIdx.x; i < kRows * N / kChunk; i += kThreads) {
-    const int row = i * kChunk / kResultCols, col = i * kChunk % kResultCols;
-    const float4* const from =
-        reinterpret_cast<const float4*>(results + Results::offset(row, col / kChunk));
-    const float4 low = from[0], high = from[1];
+    const int row = i * kChunk / kCols, col = i * kChunk % kCols;
+    const float* const from = results + Results<P, N>::offset(row, col / kChunk);
+    const float4 low = reinterpret_cast<const float4*>(from)[0];
+    const float4 high = reinterpret_cast<const float4*>(from)[1];
     if (whole) {
-      float v[kChunk] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-      write<T, Source::kSumsBatch>(w, piece, part, row, col, v);
+      float v[] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+      write<T, P::kSumsBatch>(w, piece, part, row, col, v);
     } else {
-      sums_out[2 * i] = low;
-      sums_out[2 * i + 1] = high;
+      to[2 * i] = low;
+      to[2 * i + 1] = high;
     }
   }
 }
 
-// Adds up what pieces of a line, or for dW parts of the batch, have left; always in their order.
-template <typename T, bool kWeightGradient>
+// Adds up the sums of the pieces of a line, for dW those of the parts of the batch, in order. A
+// thread takes one chunk of a tile.
+template <typename T, bool kSumsBatch>
 __global__ void __launch_bounds__(kThreads) add_kernel(const __grid_constant__ Work w) {
   const int block = static_cast<int>(blockIdx.x);
-  const int item = kWeightGradient ? block : block / w.parts;
-  const int number = kWeightGradient ? 0 : block % w.parts;
+  const int item = kSumsBatch ? block : block / w.parts;
+  const int number = kSumsBatch ? 0 : block % w.parts;
   Piece piece;
   if (!find(w, item, piece)) return;
-  if (kWeightGradient ? piece.begin == piece.end : piece.number != 1) return;  // one for its line
-  int count = piece.count, step = w.parts;
-  int64_t slot = int64_t{piece.slot - 1} * w.parts + number;
-  if (kWeightGradient) {
-    count = w.parts;
-    step = w.items();
-    slot = item;
-  }
-  const int chunks = kRows * w.width / kChunk, i = blockIdx.y * kThreads + threadIdx.x;
-  const float4* from = reinterpret_cast<const float4*>(w.sums) + 2 * (slot * chunks + i);
+  if (kSumsBatch ? piece.begin == piece.end : piece.number != 1) return;  // one for all of a line
+  const int count = kSumsBatch ? w.parts : piece.count;
+  const int64_t first = kSumsBatch ? item : int64_t{piece.slot - 1} * w.parts + number;
+  const int64_t step = kSumsBatch ? w.items() : w.parts;
+
+  const int chunks = kRows * w.width / kChunk, cols = kSumsBatch ? kRows : w.width;
+  const int i = blockIdx.y * kThreads + threadIdx.x;
+  const float4* from = reinterpret_cast<const float4*>(w.sums) + 2 * (first * chunks + i);
   float v[kChunk] = {};
-  for (int k = 0; k < count; ++k, from += 2 * int64_t{step} * chunks) {
+  for (int k = 0; k < count; ++k, from += 2 * step * chunks) {
     const float4 low = from[0], high = from[1];
-    const float part[] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    const float more[] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
-    for (int j = 0; j < kChunk; ++j) v[j] += part[j];
+    for (int j = 0; j < kChunk; ++j) v[j] += more[j];
   }
-  const int cols = kWeightGradient ? kRows : w.width;
-  write<T, kWeightGradient>(w, piece, part_of(w, number), i * kChunk / cols, i * kChunk % cols, v);
+  write<T, kSumsBatch>(w, piece, part_of(w, number), i * kChunk / cols, i * kChunk % cols, v);
 }
 
 // Rows of a matrix to where each begins at a multiple of 16 bytes; what lies between is not
@@ -574,6 +591,8 @@ __global__ void __launch_bounds__(kThreads) align_kernel(const __grid_constant__
 }
 
 // ---------------------------------------------------------------- launches
+
+bool is_width(int64_t n) { return n == 8 || n == 16 || n == 32 || n == 64 || n == 128; }
 
 int multiprocessors() {
   int device = 0, count = 1;
@@ -648,8 +667,9 @@ Plan plan_of(const Problem& p, Workspace& space) {
   w.activation = p.activation;
   w.out = sums_batch ? p.dw : p.out;
 
-  const int64_t share = kBlocksPerMultiprocessor * multiprocessors();  // thread blocks at once
-  int64_t tiles;                                                       // of sums
+  // As many thread blocks as run at once.
+  const int64_t share = kShared / ring_bytes(w.width) * multiprocessors();
+  int64_t tiles;  // of sums
   if (sums_batch) {
     w.longest = kRows / w.inner;
     w.cuts = static_cast<int>(p.n_blocks / w.longest);
@@ -672,63 +692,51 @@ Plan plan_of(const Problem& p, Workspace& space) {
   return plan;
 }
 
-// Calls f.template operator()<N>() for lines of N features; false if there are no such tiles.
-template <typename F>
-bool for_width(int64_t width, F&& f) {
-  switch (width) {
-    case 8:
-      f.template operator()<8>();
-      return true;
-    case 16:
-      f.template operator()<16>();
-      return true;
-    case 32:
-      f.template operator()<32>();
-      return true;
-    case 64:
-      f.template operator()<64>();
-      return true;
-    case 128:
-      f.template operator()<128>();
-      return true;
-    default:
-      return false;
-  }
-}
-
-template <typename T, template <typename, int> typename P, int N>
+template <typename T, template <typename, int> typename Product, int N>
 void launch(const Work& w, void* stream) {
-  constexpr bool kSumsBatch = P<T, N>::kSumsBatch;
-  const auto kernel = multiply_kernel<T, P, N>;
-  constexpr int kSharedBytes = Tile<N>::kSharedBytes;
-  if constexpr (kSharedBytes > 48 << 10)
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  const unsigned blocks = static_cast<unsigned>(int64_t{w.items()} * w.parts);
-  SECATEUR_LAUNCH(kernel, blocks, kThreads, kSharedBytes, stream, w);
+  constexpr bool kSumsBatch = Product<T, N>::kSumsBatch;
+  if constexpr (ring_bytes(N) > 48 << 10)
+    cudaFuncSetAttribute(multiply_kernel<T, Product, N>,
+                         cudaFuncAttributeMaxDynamicSharedMemorySize, ring_bytes(N));
+  SECATEUR_LAUNCH((multiply_kernel<T, Product, N>), w.items() * w.parts, kThreads, ring_bytes(N),
+                  stream, w);
   const int sums = kSumsBatch ? w.parts > 1 ? w.items() : 0 : w.cuts * w.parts;
   if (sums > 0)
     SECATEUR_LAUNCH((add_kernel<T, kSumsBatch>), dim3(sums, kRows * N / kChunk / kThreads),
                     kThreads, 0, stream, w);
 }
 
+template <typename T, template <typename, int> typename Product>
+void launch(const Work& w, void* stream) {
+  switch (w.width) {
+    case 8:
+      return launch<T, Product, 8>(w, stream);
+    case 16:
+      return launch<T, Product, 16>(w, stream);
+    case 32:
+      return launch<T, Product, 32>(w, stream);
+    case 64:
+      return launch<T, Product, 64>(w, stream);
+    default:
+      return launch<T, Product, 128>(w, stream);
+  }
+}
+
 template <typename T>
 void launch(Product product, const Work& w, void* stream) {
-  for_width(w.width, [&]<int N>() {
-    if (product == Product::Forward)
-      launch<T, Forward, N>(w, stream);
-    else if (product == Product::InputGradient)
-      launch<T, InputGradient, N>(w, stream);
-    else
-      launch<T, WeightGradient, N>(w, stream);
-  });
+  if (product == Product::Forward)
+    launch<T, Forward>(w, stream);
+  else if (product == Product::InputGradient)
+    launch<T, InputGradient>(w, stream);
+  else
+    launch<T, WeightGradient>(w, stream);
 }
 
 // Whether the kernels here take a product: in 16 bits, of blocks that are tiles, and not so large
 // that 32 bits do not count its features, rows and thread blocks.
 bool takes(const Problem& p) {
-  const auto width = []<int>() {};
   if (p.dtype != Dtype::BFloat16 && p.dtype != Dtype::Half) return false;
-  if (!for_width(p.rows, width) || !for_width(p.cols, width)) return false;
+  if (!is_width(p.rows) || !is_width(p.cols)) return false;
   constexpr int64_t kMost = std::numeric_limits<int>::max() - kGroup * kRows;
   const int64_t items = p.n_blocks + std::max(p.block_rows, p.block_cols);
   return p.batch <= kMost && p.out_features <= kMost && p.in_features <= kMost &&
