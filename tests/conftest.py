@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from cuda_emulator.build import Accumulation, Arrival, Flavour, nvcc
+from cuda_emulator.ops import EmulatedOps, emulated_ops
 
 from secateur import _C
 
@@ -38,3 +40,21 @@ def place(request: pytest.FixtureRequest, restore: None) -> torch.device:
         return torch.device("cuda")
     _C.set_isa(request.param)
     return torch.device("cpu")
+
+
+SLOW = pytest.mark.slow_cuda
+
+
+@pytest.fixture(
+    params=["PLAIN", pytest.param("CHECKED", marks=SLOW), pytest.param("PTX", marks=SLOW)]
+)
+def emulated(request: pytest.FixtureRequest) -> Iterator[EmulatedOps]:
+    """The ops that have a CUDA kernel, run by every flavour of the emulator in turn."""
+    flavour = Flavour[request.param]
+    if flavour == Flavour.PTX and nvcc() is None:
+        pytest.skip("needs nvcc, which makes the PTX")
+    ops = emulated_ops(flavour)
+    yield ops
+    ops.emulator.set_seed(0)
+    ops.emulator.set_arrival(Arrival.LATE)
+    ops.emulator.set_accumulation(Accumulation.EXACT)

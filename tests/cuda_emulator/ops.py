@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,3 +63,9 @@ class EmulatedOps:
         """
         self.emulator.forget_buffers()
         return getattr(self._ops, name).default(*args)
+
+
+@functools.cache
+def emulated_ops(flavour: Flavour) -> EmulatedOps:
+    """All of them, compiled and registered once for all tests of a process."""
+    return EmulatedOps(f"secateur_{flavour.name.lower()}", flavour=flavour)
