@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cuda_emulator.build import Flavour, nvcc
-from cuda_emulator.ops import EmulatedOps
+from cuda_emulator.build import Accumulation, Arrival, Flavour, nvcc
+from cuda_emulator.ops import EmulatedOps, emulated_ops
 
 from secateur import _C
 
@@ -42,21 +42,31 @@ def place(request: pytest.FixtureRequest, restore: None) -> torch.device:
     return torch.device("cpu")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def plain() -> EmulatedOps:
-    """The CUDA kernels, emulated."""
-    return EmulatedOps("secateur_emulated", flavour=Flavour.PLAIN)
+    """The ops that have a CUDA kernel, emulated."""
+    return emulated_ops(Flavour.PLAIN)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def checked() -> EmulatedOps:
     """The same, every access checked."""
-    return EmulatedOps("secateur_checked", flavour=Flavour.CHECKED)
+    return emulated_ops(Flavour.CHECKED)
 
 
-@pytest.fixture(scope="session")
-def ptx() -> EmulatedOps:
-    """The same, as nvcc compiles them."""
-    if nvcc() is None:
+SLOW = pytest.mark.slow_cuda
+
+
+@pytest.fixture(
+    params=["PLAIN", pytest.param("CHECKED", marks=SLOW), pytest.param("PTX", marks=SLOW)]
+)
+def emulated(request: pytest.FixtureRequest) -> Iterator[EmulatedOps]:
+    """The ops that have a CUDA kernel, run by every flavour of the emulator in turn."""
+    flavour = Flavour[request.param]
+    if flavour == Flavour.PTX and nvcc() is None:
         pytest.skip("needs nvcc, which makes the PTX")
-    return EmulatedOps("secateur_ptx", flavour=Flavour.PTX)
+    ops = emulated_ops(flavour)
+    yield ops
+    ops.emulator.set_seed(0)
+    ops.emulator.set_arrival(Arrival.LATE)
+    ops.emulator.set_accumulation(Accumulation.EXACT)

@@ -1,14 +1,17 @@
 #include "block_sparse/block_sparse.h"
 #include "block_sparse/simt.cuh"
+#include "block_sparse/tensor_cores.cuh"
 
-// tensor_cores.cuh (bool takes(const Problem&), workspace_bytes and run as here, in namespace
-// tensor_cores) goes in front of simt where it takes a problem.
 namespace secateur::block_sparse::CUDA {
 
-int64_t workspace_bytes(const Problem& problem) { return simt::workspace_bytes(problem); }
+int64_t workspace_bytes(const Problem& problem) {
+  return tensor_cores::takes(problem) ? tensor_cores::workspace_bytes(problem)
+                                      : simt::workspace_bytes(problem);
+}
 
 int run(const Problem& problem, void* workspace, void* stream) {
-  return simt::run(problem, workspace, stream);
+  return tensor_cores::takes(problem) ? tensor_cores::run(problem, workspace, stream)
+                                      : simt::run(problem, workspace, stream);
 }
 
 }  // namespace secateur::block_sparse::CUDA

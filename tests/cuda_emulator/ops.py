@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,3 +70,9 @@ class EmulatedOps:
         if mixed:
             return op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args)
         return op(*args)
+
+
+@functools.cache
+def emulated_ops(flavour: Flavour) -> EmulatedOps:
+    """All of them, compiled and registered once for all tests of a process."""
+    return EmulatedOps(f"secateur_{flavour.name.lower()}", flavour=flavour)

@@ -77,9 +77,7 @@ class Variable:
         counts = [int(n or 0) for n in re.findall(r"\[(\d*)\]", m["count"])]
         size = bits_of(m["type"]) // 8
         alignment = int(m["alignment"] or size)
-        return Variable(
-            m["space"], m["name"], m["type"], math.prod(counts), alignment, m["values"]
-        )
+        return Variable(m["space"], m["name"], m["type"], math.prod(counts), alignment, m["values"])
 
 
 @dataclass(frozen=True)
@@ -302,7 +300,11 @@ EXPRESSIONS = (
     ("vote.sync.any.pred", "__any_sync(b, a)", "pred pred b32"),
     ("vote.sync.all.pred", "__all_sync(b, a)", "pred pred b32"),
     ("match.any.sync.b32", "__match_any_sync(b, a)", "b32 b32 b32"),
-    ("match.any.sync.b64", "__match_any_sync(b, static_cast<unsigned long long>(a))", "b32 b64 b32"),
+    (
+        "match.any.sync.b64",
+        "__match_any_sync(b, static_cast<unsigned long long>(a))",
+        "b32 b64 b32",
+    ),
     ("redux.sync.add.[us]32", "__reduce_add_sync(b, a)", "u32 u32 b32"),
     ("redux.sync.min.u32", "__reduce_min_sync(b, a)", "u32 u32 b32"),
     ("redux.sync.max.u32", "__reduce_max_sync(b, a)", "u32 u32 b32"),
@@ -623,7 +625,9 @@ class Translator:
                 raise PtxError(f"expected '{operand}' to be a '{kind}'")
             if kind in ("f32", "f64"):
                 return f"std::bit_cast<{kind}>({symbol.cpp})"
-            return symbol.cpp if target in (f"u{symbol.bits}", "bool") else f"{target}({symbol.cpp})"
+            return (
+                symbol.cpp if target in (f"u{symbol.bits}", "bool") else f"{target}({symbol.cpp})"
+            )
         if m := re.fullmatch(r"0[fF]([0-9a-fA-F]{8})|0[dD]([0-9a-fA-F]{16})", operand):
             width = 32 if m[1] else 64
             literal = f"u{width}(0x{m[1] or m[2]}u)"
@@ -715,10 +719,14 @@ class Translator:
             return ""
         memory = self._memory("load", operands[1], space, count * size)
         integer = kind if kind[0] == "s" else f"u{bits_of(kind)}"
-        return f"{{ const char* const from = {memory}; " + " ".join(
-            self._assign(target, integer, f"get<{integer}>(from + {i * size})")
-            for i, target in enumerate(targets)
-        ) + " }"
+        return (
+            f"{{ const char* const from = {memory}; "
+            + " ".join(
+                self._assign(target, integer, f"get<{integer}>(from + {i * size})")
+                for i, target in enumerate(targets)
+            )
+            + " }"
+        )
 
     def _store(self, opcode: str, operands: list[str]) -> str:
         space, count, kind = self._access(opcode)
@@ -727,10 +735,14 @@ class Translator:
             return ""
         memory = self._memory("store", operands[0], space, count * size)
         integer = f"u{bits_of(kind)}"
-        return f"{{ char* const to = {memory}; " + " ".join(
-            f"put<{integer}>(to + {i * size}, {self._value(value, integer)});"
-            for i, value in enumerate(values)
-        ) + " }"
+        return (
+            f"{{ char* const to = {memory}; "
+            + " ".join(
+                f"put<{integer}>(to + {i * size}, {self._value(value, integer)});"
+                for i, value in enumerate(values)
+            )
+            + " }"
+        )
 
     def _atomic(self, opcode: str, operands: list[str]) -> str:
         name, *modifiers, kind = opcode.replace("::cta", "").split(".")
@@ -773,10 +785,14 @@ class Translator:
         if len(combine) != len(operands) - 3 or any(word not in OPERATORS for word in combine):
             return ""
         rest = f" {OPERATORS[combine[0]]} {self._value(operands[3], 'pred')}" if combine else ""
-        return f"{{ const bool is = {test}; " + " ".join(
-            self._assign(target, "pred", f"{sign}is{rest}")
-            for sign, target in zip(("", "!"), targets, strict=False)
-        ) + " }"
+        return (
+            f"{{ const bool is = {test}; "
+            + " ".join(
+                self._assign(target, "pred", f"{sign}is{rest}")
+                for sign, target in zip(("", "!"), targets, strict=False)
+            )
+            + " }"
+        )
 
     def _shuffle(self, opcode: str, operands: list[str]) -> str:
         m = re.fullmatch(r"shfl\.sync\.(up|down|bfly|idx)\.b32", opcode)

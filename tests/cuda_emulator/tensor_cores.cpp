@@ -170,7 +170,7 @@ void copy_async(void* shared, const void* global, int bytes, int source_bytes, S
          site.line, bytes, shared, global);
   const Copy copy{shared, global, static_cast<size_t>(bytes), static_cast<size_t>(source_bytes)};
   const void* const pc = __builtin_return_address(0);
-  checker::access(global, copy.source_bytes, checker::Access::Read, pc);
+  if (source_bytes) checker::access(global, copy.source_bytes, checker::Access::Read, pc);
   checker::begin_copy(shared, copy.bytes, pc);
   if (arrival == Arrival::Eager) move(copy);
   copies[current_thread()].open.push_back(copy);

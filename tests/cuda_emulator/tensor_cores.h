@@ -5,7 +5,8 @@
 
 namespace cuda_emulator {
 
-// cp.async.cg: 4, 8 or 16 bytes to shared memory, of which those beyond `source_bytes` become 0.
+// cp.async.cg: 4, 8 or 16 bytes to shared memory, of which those beyond `source_bytes` become 0;
+// where that is 0, `global` may be any address.
 void copy_async(void* shared, const void* global, int bytes, int source_bytes, Site site = here());
 // cp.async.commit_group
 void commit_copies();
