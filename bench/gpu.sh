@@ -74,6 +74,7 @@ step_check() {
 step_build() {
   local wanted=("scikit-build-core>=0.11" "pybind11>=3.0" cmake ninja
     "safetensors>=0.4.3" "tqdm>=4.66" "numpy>=1.26" "pytest>=8" "hypothesis>=6.100")
+  command -v cuobjdump >/dev/null || wanted+=(nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)
   # Into a folder of its own and without torch: what is installed stays as it is.
   local install=("$python" -m pip --disable-pip-version-check install --quiet --upgrade
     --target "$site")

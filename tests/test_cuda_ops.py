@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -136,8 +135,8 @@ def test_tensors_on_two_devices_are_refused(spec: OpSpec, plain: EmulatedOps) ->
         return a.to("meta") if isinstance(a, Tensor) else None
 
     for args in some_args(spec):
-        # Spoilt is the second tensor or a later one: the kernel runs where the first one is.
-        for bad in itertools.islice(spoilt(args, elsewhere), 1, None):
+        several = list(spoilt(args, elsewhere))
+        for bad in several if len(several) > 1 else []:
             words = refusal(lambda bad=bad: plain.call(spec.name, *bad, mixed=True))
             assert re.match(rf"{spec.name}: expected .*\bdevice\b", words or "nothing"), words
 
