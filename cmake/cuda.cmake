@@ -28,7 +28,6 @@ endif()
 # Machine code for A100 and H100, PTX for everything else from A100 on: the PTX of an "a"
 # architecture would run nowhere else.
 set(CMAKE_CUDA_ARCHITECTURES 80-real 90a-real 80-virtual)
-set(CMAKE_CUDA_STANDARD 20)
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
@@ -39,9 +38,10 @@ set(SECATEUR_CUDA_BUILD "nvcc ${CMAKE_CUDA_COMPILER_VERSION} for ${_targets}")
 
 add_library(secateur_cuda MODULE)
 target_include_directories(secateur_cuda PRIVATE csrc)
+# The standard is an option: CMake 3.25 does not know that nvcc 13 has it, and leaves it out.
 target_compile_options(secateur_cuda PRIVATE
   $<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Wno-psabi>
-  $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr>)
+  $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20;--expt-relaxed-constexpr>)
 target_link_libraries(secateur_cuda PRIVATE secateur::torch torch CUDA::cudart_static)
 # libtorch.so brings in the CUDA half of a torch that has one: the linker would leave it out, since
 # the torch here may define nothing that is needed.

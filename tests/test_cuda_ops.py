@@ -130,15 +130,21 @@ def test_arguments_are_refused_in_the_words_of_the_cpu(
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
-def test_tensors_on_two_devices_are_refused(spec: OpSpec, plain: EmulatedOps) -> None:
+def test_tensors_on_two_devices_are_refused_or_not_read(spec: OpSpec, plain: EmulatedOps) -> None:
     def elsewhere(a: Any) -> Any:
         return a.to("meta") if isinstance(a, Tensor) else None
 
     for args in some_args(spec):
         several = list(spoilt(args, elsewhere))
         for bad in several if len(several) > 1 else []:
-            words = refusal(lambda bad=bad: plain.call(spec.name, *bad, mixed=True))
-            assert re.match(rf"{spec.name}: expected .*\bdevice\b", words or "nothing"), words
+            results: list[Any] = []
+            words = refusal(
+                lambda b=bad, r=results: r.append(plain.call(spec.name, *b, mixed=True))
+            )
+            if words is None:  # a gradient that the formula has no use for
+                check_close(results[0], plain.call(spec.name, *args), exact=True, case=str(bad))
+            else:
+                assert re.match(rf"{spec.name}: expected .*\bdevice\b", words)
 
 
 def test_launch_errors_name_the_op_and_what_it_needs(tmp_path: Path) -> None:
