@@ -29,7 +29,7 @@ void out_of_local(const void* program_counter) {
        checker::location(program_counter).c_str());
 }
 
-const char* load(u64 address, unsigned bytes) {
+char* load(u64 address, unsigned bytes) {
   return access(address, bytes, checker::Access::Read, __builtin_return_address(0));
 }
 char* store(u64 address, unsigned bytes) {
