@@ -97,7 +97,7 @@ def elements(operand: str) -> list[str]:
 
 def source_name(name: str) -> str:
     """What a shared array is called in the source, from a mangled name such as _ZZ1fvE3abc."""
-    m = re.fullmatch(r".*E(\d+)([A-Za-z_]\w*)", name)
+    m = re.fullmatch(r".*E(\d+)([A-Za-z_][\w$]*)", name)
     return m[2][: int(m[1])] if m else name
 
 
@@ -646,9 +646,9 @@ def translate(ptx: str, prefix: str, own: Callable[[str], bool]) -> str:
     code.append("}  // namespace")
     for i, kernel in enumerate(f for f in module.functions if f.is_kernel):
         size = offsets(kernel.parameters)[-1]
+        replacement = f"{{{identifier(kernel.name)}, {size}, {kernel.max_threads}}}"
         code += [
             f'extern "C" const char {prefix}_{i};',
-            f"static const bool replaced_{i} = (replace(",
-            f"    &{prefix}_{i}, {{{identifier(kernel.name)}, {size}, {kernel.max_threads}}}), true);",
+            f"static const bool replaced_{i} = (replace(&{prefix}_{i}, {replacement}), true);",
         ]
     return "\n".join(code) + "\n"
