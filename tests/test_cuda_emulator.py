@@ -47,6 +47,7 @@ class Bug(IntEnum):
     EARLY_OVERWRITE = auto()
     FRAGMENT_ORDER = auto()
     ASM_OPERANDS = auto()
+    STALE_READ = auto()
 
 
 class Wrong(Exception):
@@ -194,6 +195,7 @@ CHECKED: dict[Bug, tuple[Run, str]] = {
     Bug.SHIFT: (run_compact, r"shift of 'unsigned int' by 32 at planted.cu"),
     Bug.MISSING_FENCE: (run_ordered_sum, r"race: read .* of another block wrote"),
     Bug.FENCE_TOO_EARLY: (run_ordered_sum, r"race: read .* of another block wrote"),
+    Bug.STALE_READ: (run_ordered_sum, r"through the read-only cache .* wrote at planted.cu"),
     Bug.MISSING_SYNCWARP: (run_reverse, r"(race|uninitialised)"),
     Bug.MISALIGNED: (run_reverse, r"misaligned access at planted.cu:.*multiple of 16"),
     Bug.OTHER_THREADS_STACK: (run_share, r"read of another thread's local memory"),

@@ -36,6 +36,7 @@ enum Bug : int {
   kEarlyOverwrite,
   kFragmentOrder,
   kAsmOperands,
+  kStaleRead,
 };
 
 constexpr int kThreads = 256;
@@ -94,7 +95,10 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
   if (!is_last[0]) return;
-  s = block_sum(kNone, threadIdx.x < gridDim.x ? parts[threadIdx.x] : 0.0f);
+  s = 0;
+  if (threadIdx.x < gridDim.x)
+    s = bug == kStaleRead ? __ldg(&parts[threadIdx.x]) : parts[threadIdx.x];
+  s = block_sum(kNone, s);
   if (threadIdx.x == 0) {
     *sum = s;
     *ticket = 0;

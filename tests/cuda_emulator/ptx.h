@@ -1,6 +1,7 @@
 #pragma once
-// What C++ that ptx.py made of PTX is written in: the types, the memory and the instructions of PTX,
-// as the PTX ISA defines them. Registers are unsigned integers of their width, predicates are bool.
+// What C++ that ptx.py made of PTX is written in: the types, the memory and the instructions of
+// PTX, as the PTX ISA defines them. Registers are unsigned integers of their width, predicates are
+// bool.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -58,6 +59,7 @@ struct SharedArray {
 // Memory that an instruction reads or writes, once it is known that it may. Never inlined: where
 // they return to is where the checker says an access is.
 char* load(u64 address, unsigned bytes);
+char* load_read_only(u64 address, unsigned bytes);
 char* store(u64 address, unsigned bytes);
 void check_alignment(u64 address, unsigned bytes, const void* program_counter);
 [[noreturn]] void out_of_local(const void* program_counter);
@@ -117,7 +119,8 @@ void check_divisor(T b, Site site) {
 template <typename T>
 T divide(T a, T b, Site site = here()) {
   check_divisor(b, site);
-  return std::is_signed_v<T> && b == static_cast<T>(-1) ? static_cast<T>(-a) : static_cast<T>(a / b);
+  return std::is_signed_v<T> && b == static_cast<T>(-1) ? static_cast<T>(-a)
+                                                        : static_cast<T>(a / b);
 }
 template <typename T>
 T remainder(T a, T b, Site site = here()) {

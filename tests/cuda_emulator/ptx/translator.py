@@ -358,7 +358,7 @@ class Translator:
         return f"{base} + {offset}"
 
     def _memory(self, how: str, operand: str, space: str, size: int) -> str:
-        """A pointer to memory that is to be read or written (``load`` or ``store``)."""
+        """A pointer to memory that is to be read or written (``load``, ``store``)."""
         symbol, offset = self._base(operand)
         if space == "param" and symbol.space == "param":  # nothing that could go wrong
             return f"({symbol.cpp} + {offset})"
@@ -408,7 +408,8 @@ class Translator:
         if access is None or access[1] != len(targets):
             return None
         space, count, kind = access
-        memory = self._memory("load", operands[1], space, count * BITS[kind] // 8)
+        how = "load_read_only" if ".nc." in opcode else "load"
+        memory = self._memory(how, operands[1], space, count * BITS[kind] // 8)
         integer = kind if kind[0] == "s" else f"u{BITS[kind]}"
         if count == 1:
             return self._assign(targets[0], integer, f"*({integer}*){memory}")
