@@ -226,10 +226,17 @@ inline f32 saturate(f32 a) { return a > 0 ? std::min(a, 1.0f) : 0.0f; }
 // say where the sum lies.
 inline f32 fma_down(f32 a, f32 b, f32 c) {
   const f64 product = static_cast<f64>(a) * b, sum = product + c;
+  if (sum == 0) return std::signbit(product) || std::signbit(c) ? -0.0f : 0.0f;
   const f64 part = sum - product, error = (product - (sum - part)) + (c - part);
   const f32 rounded = static_cast<f32>(sum);
-  const bool above = rounded > sum || (static_cast<f64>(rounded) == sum && error < 0);
+  const bool above = rounded > sum || (rounded == sum && error < 0);
   return above ? std::nextafter(rounded, -std::numeric_limits<f32>::infinity()) : rounded;
+}
+// fma.rz
+inline f32 fma_to_zero(f32 a, f32 b, f32 c) {
+  const f32 nearest = std::fma(a, b, c);
+  if (nearest == 0) return nearest;
+  return nearest < 0 ? -fma_down(-a, b, -c) : fma_down(a, b, c);
 }
 
 // cvt to an integer type, of a value that is whole already: what is too large becomes the nearest
