@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_emulator.build import Accumulation, Arrival, Emulator, Flavour, library, load
+from cuda_emulator.build import Accumulation, Arrival, Emulator, Flavour, library, load, nvcc
 from torch import Tensor
 
 KERNELS = Path(__file__).parent / "cuda_emulator" / "planted.cu"
@@ -46,6 +46,8 @@ class Bug(IntEnum):
     NO_BARRIER_AFTER_WAIT = auto()
     EARLY_OVERWRITE = auto()
     FRAGMENT_ORDER = auto()
+    ASM_OPERANDS = auto()
+    STALE_READ = auto()
 
 
 class Wrong(Exception):
@@ -60,6 +62,23 @@ def plain() -> Emulator:
 @pytest.fixture(scope="module")
 def checked() -> Emulator:
     return load(library([KERNELS], flavour=Flavour.CHECKED))
+
+
+@pytest.fixture(scope="module")
+def ptx() -> Emulator:
+    if nvcc() is None:
+        pytest.skip("needs nvcc, which makes the PTX")
+    return load(library([KERNELS], flavour=Flavour.PTX))
+
+
+@pytest.fixture(params=["plain", "checked", "ptx"])
+def emulator(request: pytest.FixtureRequest) -> Emulator:
+    """Each flavour in turn, set as it is when it is loaded."""
+    emulator: Emulator = request.getfixturevalue(request.param)
+    emulator.set_seed(0)
+    emulator.set_arrival(Arrival.LATE)
+    emulator.set_accumulation(Accumulation.EXACT)
+    return emulator
 
 
 def call(emulator: Emulator, name: str, *args: Any) -> None:
@@ -149,12 +168,8 @@ RUNS: tuple[Run, ...] = (
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("flavour", ["plain", "checked"])
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__.removeprefix("run_"))
-def test_right_kernels_are_right_and_clean(
-    run: Run, flavour: str, seed: int, request: pytest.FixtureRequest
-) -> None:
-    emulator: Emulator = request.getfixturevalue(flavour)
+def test_right_kernels_are_right_and_clean(run: Run, seed: int, emulator: Emulator) -> None:
     emulator.set_seed(seed)
     run(emulator, Bug.NONE)
 
@@ -180,21 +195,32 @@ CHECKED: dict[Bug, tuple[Run, str]] = {
     Bug.SHIFT: (run_compact, r"shift of 'unsigned int' by 32 at planted.cu"),
     Bug.MISSING_FENCE: (run_ordered_sum, r"race: read .* of another block wrote"),
     Bug.FENCE_TOO_EARLY: (run_ordered_sum, r"race: read .* of another block wrote"),
+    Bug.STALE_READ: (run_ordered_sum, r"through the read-only cache .* wrote at planted.cu"),
     Bug.MISSING_SYNCWARP: (run_reverse, r"(race|uninitialised)"),
     Bug.MISALIGNED: (run_reverse, r"misaligned access at planted.cu:.*multiple of 16"),
     Bug.OTHER_THREADS_STACK: (run_share, r"read of another thread's local memory"),
-    Bug.MISSING_WAIT: (run_matmul, r"read of 16 bytes at planted.cu:\d+, where a cp.async is on"),
+    Bug.MISSING_WAIT: (run_matmul, r"read of 16 bytes at mma.cuh:\d+, where a cp.async is on"),
     Bug.NO_BARRIER_AFTER_WAIT: (run_matmul, r"(race|uninitialised|where a cp.async)"),
     Bug.EARLY_OVERWRITE: (run_matmul, r"(race: write .* read at|where a cp.async)"),
 }
+# What the PTX flavour says: the same, but that nvcc has left no bounds of an array in its code, and
+# that PTX defines what a shift by 32 gives.
+PTX = {
+    **{bug: claim for bug, claim in CHECKED.items() if bug is not Bug.SHIFT},
+    Bug.SHARED_BEYOND: (run_sum, r"out of bounds write .*: byte 32 of shared parts"),
+}
 # Bugs that do not depend on accesses being seen are found by the plain flavour as well.
-PLAIN = (
-    Bug.DIVERGENT_SHUFFLE,
-    Bug.SKIPPED_BARRIER,
-    Bug.OWN_LANE_NOT_NAMED,
-    Bug.SOURCE_NOT_NAMED,
-    Bug.DIFFERENT_COLLECTIVES,
-)
+PLAIN = {
+    bug: CHECKED[bug]
+    for bug in (
+        Bug.DIVERGENT_SHUFFLE,
+        Bug.SKIPPED_BARRIER,
+        Bug.OWN_LANE_NOT_NAMED,
+        Bug.SOURCE_NOT_NAMED,
+        Bug.DIFFERENT_COLLECTIVES,
+    )
+}
+CLAIMS = {"plain": PLAIN, "checked": CHECKED, "ptx": PTX}
 # Bugs that show in the result under some schedule: without the checker luck decides.
 WRONG: dict[Bug, Run] = {
     Bug.MISSING_BARRIER: run_sum,
@@ -204,33 +230,42 @@ WRONG: dict[Bug, Run] = {
     Bug.MISSING_WAIT: run_matmul,
     Bug.NO_BARRIER_AFTER_WAIT: run_matmul,
     Bug.EARLY_OVERWRITE: run_matmul,
-    Bug.FRAGMENT_ORDER: run_matmul,
+}
+# Bugs that are no access and no meeting gone wrong: all that shows is the result, always.
+WRONG_IN_PTX = {Bug.FRAGMENT_ORDER: run_matmul, Bug.ASM_OPERANDS: run_matmul}
+WRONG_IN_SOURCE = {Bug.FRAGMENT_ORDER: run_matmul}
+# What a flavour cannot see: it does not compile the text of inline PTX; or nothing is wrong there.
+BLIND = {
+    "plain": {Bug.ASM_OPERANDS: run_matmul},
+    "checked": {Bug.ASM_OPERANDS: run_matmul},
+    "ptx": {Bug.SHIFT: run_compact},
 }
 
 
 def test_every_bug_is_claimed() -> None:
-    assert set(CHECKED) | set(WRONG) == set(Bug) - {Bug.NONE}
+    everything = set(Bug) - {Bug.NONE}
+    assert set(CHECKED) | set(WRONG_IN_SOURCE) | set(BLIND["checked"]) == everything
+    assert set(PTX) | set(WRONG_IN_PTX) | set(BLIND["ptx"]) == everything
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("bug", CHECKED, ids=lambda bug: bug.name.lower())
-def test_the_checked_flavour_names_the_bug(bug: Bug, seed: int, checked: Emulator) -> None:
-    checked.set_seed(seed)
-    run, message = CHECKED[bug]
-    with pytest.raises(RuntimeError, match=message) as error:
-        run(checked, bug)
-    assert re.match(r"CUDA emulator: \w+_kernel, block \(\d+, \d+, 0\)", str(error.value))
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("bug", PLAIN, ids=lambda bug: bug.name.lower())
-def test_the_plain_flavour_names_what_needs_no_checker(
-    bug: Bug, seed: int, plain: Emulator
+@pytest.mark.parametrize(
+    ("flavour", "bug"),
+    [
+        pytest.param(flavour, bug, id=f"{flavour}-{bug.name.lower()}")
+        for flavour, claims in CLAIMS.items()
+        for bug in claims
+    ],
+)
+def test_who_claims_a_bug_names_it(
+    flavour: str, bug: Bug, seed: int, request: pytest.FixtureRequest
 ) -> None:
-    plain.set_seed(seed)
-    run, message = CHECKED[bug]
-    with pytest.raises(RuntimeError, match=message):
-        run(plain, bug)
+    emulator: Emulator = request.getfixturevalue(flavour)
+    emulator.set_seed(seed)
+    run, message = CLAIMS[flavour][bug]
+    with pytest.raises(RuntimeError, match=message) as error:
+        run(emulator, bug)
+    assert re.match(r"CUDA emulator: \w+_kernel, block \(\d+, \d+, 0\)", str(error.value))
 
 
 @pytest.mark.parametrize("bug", WRONG, ids=lambda bug: bug.name.lower())
@@ -246,14 +281,32 @@ def test_poison_and_schedules_make_results_wrong(bug: Bug, plain: Emulator) -> N
     assert wrong
 
 
+@pytest.mark.parametrize(
+    ("flavour", "wrong"),
+    [("plain", WRONG_IN_SOURCE), ("checked", WRONG_IN_SOURCE), ("ptx", WRONG_IN_PTX)],
+)
+def test_some_bugs_show_in_the_result_alone(
+    flavour: str, wrong: dict[Bug, Run], request: pytest.FixtureRequest
+) -> None:
+    for bug, run in wrong.items():
+        with pytest.raises(Wrong):
+            run(request.getfixturevalue(flavour), bug)
+
+
+@pytest.mark.parametrize("flavour", BLIND)
+def test_what_a_flavour_cannot_see(flavour: str, request: pytest.FixtureRequest) -> None:
+    for bug, run in BLIND[flavour].items():
+        run(request.getfixturevalue(flavour), bug)
+
+
 @pytest.mark.parametrize("arrival", Arrival)
 def test_copies_that_arrive_late_or_early_change_no_right_kernel(
-    arrival: Arrival, checked: Emulator
+    arrival: Arrival, emulator: Emulator
 ) -> None:
     for seed in SEEDS:
-        checked.set_seed(seed)
-        checked.set_arrival(arrival)
-        run_matmul(checked, Bug.NONE)
+        emulator.set_seed(seed)
+        emulator.set_arrival(arrival)
+        run_matmul(emulator, Bug.NONE)
 
 
 @pytest.mark.parametrize(
@@ -261,14 +314,13 @@ def test_copies_that_arrive_late_or_early_change_no_right_kernel(
     [(Accumulation.EXACT, 8), (Accumulation.SEQUENTIAL, 0), (Accumulation.TRUNCATING, 7)],
 )
 def test_three_ways_in_which_tensor_cores_add_up(
-    accumulation: Accumulation, last_places: int, plain: Emulator
+    accumulation: Accumulation, last_places: int, emulator: Emulator
 ) -> None:
     # 1 and 15 halves of its last place.
     a, c = torch.full((1, 16), 2.0**-12), torch.zeros(1, 1)
     a[0, 0] = 1
-    plain.set_accumulation(accumulation)
-    call(plain, "matmul", Bug.NONE, a.bfloat16(), a.bfloat16(), c, 1, 1, 16)
-    plain.set_accumulation(Accumulation.EXACT)
+    emulator.set_accumulation(accumulation)
+    call(emulator, "matmul", Bug.NONE, a.bfloat16(), a.bfloat16(), c, 1, 1, 16)
     assert c.item() == 1 + last_places * 2.0**-23
 
 
@@ -276,7 +328,7 @@ def bits(predicate: Callable[[int], bool]) -> int:
     return sum(1 << lane for lane in range(32) if predicate(lane))
 
 
-def test_builtins_do_what_the_programming_guide_says(checked: Emulator) -> None:
+def test_builtins_do_what_the_programming_guide_says(emulator: Emulator) -> None:
     expected: list[Callable[[int], int]] = [
         lambda lane: lane - 3 if lane >= 3 else lane,
         lambda lane: lane + 3 if lane < 29 else lane,
@@ -305,14 +357,13 @@ def test_builtins_do_what_the_programming_guide_says(checked: Emulator) -> None:
         lambda lane: 32 * 1000 + 1,
     ]
     out = torch.full((32, len(expected)), -1)
-    call(checked, "builtins", out)
+    call(emulator, "builtins", out)
     assert out.tolist() == [[f(lane) for f in expected] for lane in range(32)]
 
 
-def test_atomics_return_and_leave_what_they_should(checked: Emulator) -> None:
-    checked.set_seed(0)
+def test_atomics_return_and_leave_what_they_should(emulator: Emulator) -> None:
     values = torch.tensor([40, 7, 7, 0xFF, 0, 0xF, 5, 5, 0, 99], dtype=torch.int32)
-    call(checked, "atomics", values)
+    call(emulator, "atomics", values)
     # Of 32 increments from 5 modulo 10, and as many decrements.
     assert values.tolist() == [8, 0, 31, 0, -1, ~0xF, (5 + 32) % 10, (5 - 32) % 10, 32, 31]
 
@@ -329,19 +380,28 @@ def test_atomics_return_and_leave_what_they_should(checked: Emulator) -> None:
     ],
 )
 def test_limits_of_a_launch(
-    grid_y: int, threads: int, shared: int, allowed: int, message: str, plain: Emulator
+    grid_y: int, threads: int, shared: int, allowed: int, message: str, emulator: Emulator
 ) -> None:
     with pytest.raises(RuntimeError, match=message):
-        call(plain, "empty", grid_y, threads, ctypes.c_size_t(shared), allowed)
+        call(emulator, "empty", grid_y, threads, ctypes.c_size_t(shared), allowed)
 
 
-def test_more_dynamic_shared_memory_is_there_on_request(plain: Emulator) -> None:
-    call(plain, "empty", 1, 1024, ctypes.c_size_t(99 * 1024), 99 * 1024)
+def test_more_dynamic_shared_memory_is_there_on_request(emulator: Emulator) -> None:
+    call(emulator, "empty", 1, 1024, ctypes.c_size_t(99 * 1024), 99 * 1024)
 
 
-def test_static_shared_memory_is_limited(plain: Emulator) -> None:
+def test_static_shared_memory_is_limited(emulator: Emulator) -> None:
     with pytest.raises(RuntimeError, match="at most 49152 bytes of static shared memory"):
-        call(plain, "large")
+        call(emulator, "large", torch.zeros(1, dtype=torch.float64))
+
+
+def test_launch_bounds_are_what_nvcc_was_told(plain: Emulator, ptx: Emulator) -> None:
+    call(ptx, "bounded", 32)
+    call(plain, "bounded", 33)
+    with pytest.raises(
+        RuntimeError, match=r"at most 32 threads .* __launch_bounds__ .*\(33, 1, 1\)"
+    ):
+        call(ptx, "bounded", 33)
 
 
 def test_a_source_that_does_not_compile_shows_what_the_compiler_says(tmp_path: Path) -> None:
@@ -380,11 +440,15 @@ def counted(emulator: Emulator, run: Run) -> list[int]:
     return [b - a for a, b in zip(before, emulator.counters(), strict=True)]
 
 
-def test_bytes_and_matrix_products_are_counted(checked: Emulator) -> None:
+@pytest.mark.parametrize("flavour", ["checked", "ptx"])
+def test_bytes_and_matrix_products_are_counted(
+    flavour: str, request: pytest.FixtureRequest
+) -> None:
+    emulator: Emulator = request.getfixturevalue(flavour)
     # Each of 5 blocks adds its part to the sum by an atomic.
-    assert counted(checked, run_sum) == [3000 * 4 + 5 * 4, 5 * 4, 0]
+    assert counted(emulator, run_sum) == [3000 * 4 + 5 * 4, 5 * 4, 0]
     # Every tile of 32 x 32 fetches what lies within the matrices, and takes 16 products a
     # stage of 32.
     rows, cols, depth = 50, 40, 104
     read = (rows * 2 + cols * 2) * depth * 2
-    assert counted(checked, run_matmul) == [read, rows * cols * 4, 2 * 2 * 4 * 16]
+    assert counted(emulator, run_matmul) == [read, rows * cols * 4, 2 * 2 * 4 * 16]

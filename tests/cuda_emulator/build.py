@@ -69,8 +69,8 @@ INSTRUMENTED = (
     "-include",
     str(HERE / "instrumented.h"),
 )
-# Translated code checks its accesses itself, so it may be optimised; as PTX has it, integers wrap.
-TRANSLATED = ("-O1", "-fwrapv", "-w")
+# Not optimised, as there is much of it. Integers wrap, and any type may lie anywhere in memory.
+TRANSLATED = ("-O0", "-fwrapv", "-fno-strict-aliasing", "-w")
 NVCC = (
     "-ptx",
     "-std=c++20",
@@ -216,7 +216,8 @@ def ptx_of(source: Path, arch: str = "compute_80", flags: Sequence[str] = ()) ->
 def translated(source: Path, host: Unit, flags: Sequence[str]) -> list[Path]:
     """Objects of a .cu file whose kernels are those of its PTX."""
     text = ptx_of(source, flags=flags).read_text("utf-8")
-    translator = Path(ptx.__file__).read_text("utf-8")
+    parts = sorted(Path(ptx.__file__).parent.glob("*.py"))
+    translator = hashlib.sha256(b"".join(path.read_bytes() for path in parts)).hexdigest()
     prefix = "ptx_" + hashlib.sha256(text.encode()).hexdigest()[:16]
     own = tuple(str(path) for path in (source, *INCLUDES))
 

@@ -417,6 +417,21 @@ void access(const void* address, size_t bytes, Access kind, const void* program_
   }
 }
 
+void read_only(const void* address, size_t bytes, const void* program_counter) {
+  if (!enabled || !in_kernel()) return;
+  const auto* const begin = static_cast<const char*>(address);
+  auto* const region = find(begin);
+  if (!region) return;  // access() says what is wrong
+  const size_t first = static_cast<size_t>(begin - region->first);
+  for (size_t i = 0; i < std::min(bytes, region->second.bytes - first); ++i) {
+    const Stamp& write = region->second.shadow[first + i].write;
+    if (write.block >= state.first_block)
+      fail("read of %zu bytes through the read-only cache at %s, %s, which this launch wrote at %s",
+           bytes, location(program_counter).c_str(), text_of(begin + i, *region).c_str(),
+           location(&kAnchor + write.program_counter).c_str());
+  }
+}
+
 namespace {
 
 void set_in_flight(const void* address, size_t bytes, bool value) {

@@ -34,6 +34,8 @@ void sync_warp(unsigned warp, uint32_t mask);
 void fence(unsigned thread);
 
 void access(const void* address, size_t bytes, Access kind, const void* program_counter);
+// A read through a cache that does not see what the launch writes (ld.global.nc); before access().
+void read_only(const void* address, size_t bytes, const void* program_counter);
 // An asynchronous copy by this thread writes to memory from now on, until it has waited for it.
 void begin_copy(const void* address, size_t bytes, const void* program_counter);
 void end_copy(const void* address, size_t bytes, const void* program_counter);

@@ -76,6 +76,8 @@ void order_warp(uint32_t mask);
 void open_shared(void* array, size_t bytes, const char* name);
 [[gnu::const]] void* dynamic_shared();
 
+// Says that memory is about to be read by __ldg.
+void before_read_only(const void* address, size_t bytes);
 void before_atomic(const void* address, size_t bytes, const void* program_counter);
 void fence();
 

@@ -55,11 +55,13 @@ constexpr T max(T a, T b) {
   return a < b ? b : a;
 }
 
-// Caching hints change no value.
 template <typename T>
 T __ldg(const T* address) {
+  cuda_emulator::before_read_only(address, sizeof(T));
   return *address;
 }
+
+// Caching hints change no value.
 template <typename T>
 T __ldcs(const T* address) {
   return *address;

@@ -422,6 +422,10 @@ void allow_dynamic_shared(const void* kernel, size_t bytes) {
   machine.allowed_dynamic_shared[kernel] = bytes;
 }
 
+void before_read_only(const void* address, size_t bytes) {
+  checker::read_only(address, bytes, __builtin_return_address(0));
+}
+
 void before_atomic(const void* address, size_t bytes, const void* program_counter) {
   reschedule();
   checker::access(address, bytes, checker::Access::Atomic, program_counter);

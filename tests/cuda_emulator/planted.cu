@@ -1,8 +1,13 @@
 // Small kernels for the emulator's own tests. Each is right where `bug` is kNone and wrong in one
 // way where it is not; tests/test_cuda_emulator.py says who must notice.
-#include "cuda_emulator.h"
+#include <utility>
+
+#include "common/cuda.cuh"
+#include "common/mma.cuh"
 
 namespace {
+
+using namespace secateur;
 
 // In the order of Bug in tests/test_cuda_emulator.py.
 enum Bug : int {
@@ -30,6 +35,8 @@ enum Bug : int {
   kNoBarrierAfterWait,
   kEarlyOverwrite,
   kFragmentOrder,
+  kAsmOperands,
+  kStaleRead,
 };
 
 constexpr int kThreads = 256;
@@ -88,7 +95,10 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
   if (!is_last[0]) return;
-  s = block_sum(kNone, threadIdx.x < gridDim.x ? parts[threadIdx.x] : 0.0f);
+  s = 0;
+  if (threadIdx.x < gridDim.x)
+    s = bug == kStaleRead ? __ldg(&parts[threadIdx.x]) : parts[threadIdx.x];
+  s = block_sum(kNone, s);
   if (threadIdx.x == 0) {
     *sum = s;
     *ticket = 0;
@@ -177,13 +187,26 @@ __global__ void __launch_bounds__(kThreads) share_kernel(Bug bug, int* out) {
   __syncthreads();
 }
 
+// multiply_accumulate(), but that the text takes the two registers of `b` the wrong way round: who
+// compiles the other branch cannot know.
+__device__ void multiply_wrongly(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if defined(SECATEUR_CUDA_EMULATOR)
+  multiply_accumulate<BFloat16>(sum, a, b);
+#else
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%9, %8}, {%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
 // c = a b^T, a of m x k and b of n x k bfloat16 (k a multiple of 8): tiles of 32 x 32, each warp a
 // quarter of one, fetched ahead in two stages.
 constexpr int kTile = 32, kPitch = kTile + 8, kTileThreads = 128;
 
 __global__ void __launch_bounds__(kTileThreads)
     matmul_kernel(Bug bug, const uint16_t* a, const uint16_t* b, float* c, int m, int n, int k) {
-  using namespace cuda_emulator;
   SECATEUR_DYNAMIC_SHARED(uint16_t, shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int first_row = blockIdx.y * kTile, first_col = blockIdx.x * kTile;
@@ -197,7 +220,7 @@ __global__ void __launch_bounds__(kTileThreads)
       const int at = (operand ? first_col : first_row) + row;
       const bool inside = at < (operand ? n : m) && depth < k;
       copy_async(tile(stage, operand) + row * kPitch + chunk, inside ? from + at * k + depth : from,
-                 16, inside ? 16 : 0);
+                 inside ? 16 : 0);
     }
     commit_copies();
   };
@@ -210,21 +233,26 @@ __global__ void __launch_bounds__(kTileThreads)
       fetch(stage + 1);
     else
       commit_copies();
-    wait_for_copies(bug == kMissingWait ? 2 : 1);
+    if (bug == kMissingWait)
+      wait_for_copies<2>();
+    else
+      wait_for_copies<1>();
     if (bug != kNoBarrierAfterWait) __syncthreads();
     for (int depth = 0; depth < kTile; depth += 16) {
       uint32_t rows[4], cols[4];
-      load_matrices(rows, 4,
-                    tile(stage, 0) + (warp / 2 * 16 + lane % 16) * kPitch + depth + lane / 16 * 8,
-                    false);
-      load_matrices(cols, 4,
-                    tile(stage, 1) + (warp % 2 * 16 + lane / 16 * 8 + lane % 8) * kPitch + depth +
-                        lane / 8 % 2 * 8,
-                    false);
+      load_matrices<false>(
+          rows, tile(stage, 0) + (warp / 2 * 16 + lane % 16) * kPitch + depth + lane / 16 * 8);
+      load_matrices<false>(cols, tile(stage, 1) +
+                                     (warp % 2 * 16 + lane / 16 * 8 + lane % 8) * kPitch + depth +
+                                     lane / 8 % 2 * 8);
       if (bug == kFragmentOrder) std::swap(cols[1], cols[2]);
-      for (int j = 0; j < 2; ++j)
-        multiply_accumulate(Format::BFloat16, sums[j], rows, {cols[2 * j], cols[2 * j + 1]},
-                            sums[j]);
+      for (int j = 0; j < 2; ++j) {
+        const uint32_t col[] = {cols[2 * j], cols[2 * j + 1]};
+        if (bug == kAsmOperands)
+          multiply_wrongly(sums[j], rows, col);
+        else
+          multiply_accumulate<BFloat16>(sums[j], rows, col);
+      }
     }
     if (bug != kEarlyOverwrite) __syncthreads();
   }
@@ -283,15 +311,20 @@ __global__ void atomics_kernel(unsigned* values) {
   atomicExch(&values[9], threadIdx.x);
 }
 
-__global__ void large_kernel() {
+__global__ void large_kernel(double* out) {
   SECATEUR_SHARED(double, large, 6145);
   large[threadIdx.x] = 0;
+  __syncthreads();
+  *out = large[0];
 }
 
 __global__ void empty_kernel() {}
 
+__global__ void __launch_bounds__(32) bounded_kernel() {}
+
 }  // namespace
 
+#if defined(SECATEUR_CUDA_EMULATOR)  // nvcc is asked for the kernels
 extern "C" {
 
 const char* sum(Bug bug, const float* x, int n, float* result, int blocks) {
@@ -349,8 +382,8 @@ const char* atomics(unsigned* values) {
       [&] { SECATEUR_LAUNCH(atomics_kernel, 1, 32, 0, nullptr, values); });
 }
 
-const char* large() {
-  return cuda_emulator::message_of([&] { SECATEUR_LAUNCH(large_kernel, 1, 1, 0, nullptr); });
+const char* large(double* out) {
+  return cuda_emulator::message_of([&] { SECATEUR_LAUNCH(large_kernel, 1, 1, 0, nullptr, out); });
 }
 
 const char* empty(unsigned grid_y, unsigned threads, size_t shared_bytes, int allowed) {
@@ -360,4 +393,10 @@ const char* empty(unsigned grid_y, unsigned threads, size_t shared_bytes, int al
   });
 }
 
+const char* bounded(unsigned threads) {
+  return cuda_emulator::message_of(
+      [&] { SECATEUR_LAUNCH(bounded_kernel, 1, threads, 0, nullptr); });
+}
+
 }  // extern "C"
+#endif

@@ -11,7 +11,7 @@ namespace {
 
 char* access(u64 address, unsigned bytes, checker::Access kind, const void* program_counter) {
   check_alignment(address, bytes, program_counter);
-  char* const memory = reinterpret_cast<char*>(address);
+  char* const memory = pointer_to(address);
   checker::access(memory, bytes, kind, program_counter);
   return memory;
 }
@@ -29,8 +29,13 @@ void out_of_local(const void* program_counter) {
        checker::location(program_counter).c_str());
 }
 
-const char* load(u64 address, unsigned bytes) {
+char* load(u64 address, unsigned bytes) {
   return access(address, bytes, checker::Access::Read, __builtin_return_address(0));
+}
+char* load_read_only(u64 address, unsigned bytes) {
+  const void* const program_counter = __builtin_return_address(0);
+  checker::read_only(pointer_to(address), bytes, program_counter);
+  return access(address, bytes, checker::Access::Read, program_counter);
 }
 char* store(u64 address, unsigned bytes) {
   return access(address, bytes, checker::Access::Write, __builtin_return_address(0));

@@ -1,6 +1,7 @@
 #pragma once
-// What C++ that ptx.py made of PTX is written in: the types, the memory and the instructions of PTX,
-// as the PTX ISA defines them. Registers are unsigned integers of their width, predicates are bool.
+// What C++ that ptx.py made of PTX is written in: the types, the memory and the instructions of
+// PTX, as the PTX ISA defines them. Registers are unsigned integers of their width, predicates are
+// bool.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -36,10 +37,11 @@ constexpr u64 kGarbage = 0xffc0deadffc0deadu;
 // array of dynamic shared memory, with a sign; 32 bits are enough for whatever a library contains.
 
 inline u64 address_of(const void* memory) { return reinterpret_cast<u64>(memory); }
-inline u64 from_shared(u32 address) {
-  return address_of(dynamic_shared()) + static_cast<u64>(static_cast<s64>(static_cast<s32>(address)));
+inline char* pointer_to(u64 address) { return reinterpret_cast<char*>(address); }
+inline u64 shared_window() { return address_of(dynamic_shared()); }
+inline u64 from_shared(u64 window, u32 address) {
+  return window + static_cast<u64>(static_cast<s64>(static_cast<s32>(address)));
 }
-inline u32 to_shared(u64 address) { return static_cast<u32>(address - address_of(dynamic_shared())); }
 
 // A `.shared` array: no more aligned than declared, and nothing else close behind it.
 template <size_t kBytes, size_t kAlignment>
@@ -51,12 +53,13 @@ struct SharedArray {
   char behind[kLine];
 
   void open(const char* name) { open_shared(bytes, kBytes, name); }
-  u32 address() const { return to_shared(address_of(bytes)); }
+  u32 address() const { return static_cast<u32>(address_of(bytes) - shared_window()); }
 };
 
 // Memory that an instruction reads or writes, once it is known that it may. Never inlined: where
 // they return to is where the checker says an access is.
-const char* load(u64 address, unsigned bytes);
+char* load(u64 address, unsigned bytes);
+char* load_read_only(u64 address, unsigned bytes);
 char* store(u64 address, unsigned bytes);
 void check_alignment(u64 address, unsigned bytes, const void* program_counter);
 [[noreturn]] void out_of_local(const void* program_counter);
@@ -70,25 +73,14 @@ template <size_t kBytes>
   return array + offset;
 }
 
-template <typename T>
-T get(const char* memory) {
-  T value;
-  __builtin_memcpy(&value, memory, sizeof(T));
-  return value;
-}
-template <typename T>
-void put(char* memory, T value) {
-  __builtin_memcpy(memory, &value, sizeof(T));
-}
-
 // atom and red: what memory held before, which becomes change(before).
 template <typename T, typename Change>
 [[gnu::noinline]] T atomic(u64 address, Change change) {
   check_alignment(address, sizeof(T), __builtin_return_address(0));
-  char* const memory = reinterpret_cast<char*>(address);
+  T* const memory = reinterpret_cast<T*>(address);
   before_atomic(memory, sizeof(T), __builtin_return_address(0));
-  const T before = get<T>(memory);
-  put<T>(memory, change(before));
+  const T before = *memory;
+  *memory = change(before);
   return before;
 }
 
@@ -127,7 +119,8 @@ void check_divisor(T b, Site site) {
 template <typename T>
 T divide(T a, T b, Site site = here()) {
   check_divisor(b, site);
-  return std::is_signed_v<T> && b == static_cast<T>(-1) ? static_cast<T>(-a) : static_cast<T>(a / b);
+  return std::is_signed_v<T> && b == static_cast<T>(-1) ? static_cast<T>(-a)
+                                                        : static_cast<T>(a / b);
 }
 template <typename T>
 T remainder(T a, T b, Site site = here()) {
@@ -147,6 +140,12 @@ u32 bfind(T a) {
   using U = std::make_unsigned_t<T>;
   const U bits = static_cast<U>(a < 0 ? ~a : a);
   return bits ? kBits<T> - 1 - static_cast<u32>(std::countl_zero(bits)) : ~0u;
+}
+// By how much to shift left to make it the highest.
+template <typename T>
+u32 bfind_shift(T a) {
+  const u32 position = bfind(a);
+  return position == ~0u ? position : kBits<T> - 1 - position;
 }
 template <typename U>
 U low_bits(u32 count) {
@@ -209,6 +208,16 @@ F maximum(F a, F b) {
   if (unordered(a, b)) return std::isnan(a) ? b : a;
   return a > b || (a == b && std::signbit(b)) ? a : b;
 }
+// rcp.approx.ftz.f64: only the upper halves count.
+inline f64 gross_reciprocal(f64 a) {
+  const auto upper = [](f64 x) {
+    return std::bit_cast<f64>(std::bit_cast<u64>(x) & 0xffffffff00000000u);
+  };
+  const auto flush = [](f64 x) {
+    return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0, x) : x;
+  };
+  return flush(upper(1 / flush(upper(a))));
+}
 // .ftz
 inline f32 flush(f32 a) { return std::fpclassify(a) == FP_SUBNORMAL ? std::copysign(0.0f, a) : a; }
 // .sat
@@ -217,10 +226,17 @@ inline f32 saturate(f32 a) { return a > 0 ? std::min(a, 1.0f) : 0.0f; }
 // say where the sum lies.
 inline f32 fma_down(f32 a, f32 b, f32 c) {
   const f64 product = static_cast<f64>(a) * b, sum = product + c;
+  if (sum == 0) return std::signbit(product) || std::signbit(c) ? -0.0f : 0.0f;
   const f64 part = sum - product, error = (product - (sum - part)) + (c - part);
   const f32 rounded = static_cast<f32>(sum);
-  const bool above = rounded > sum || (static_cast<f64>(rounded) == sum && error < 0);
+  const bool above = rounded > sum || (rounded == sum && error < 0);
   return above ? std::nextafter(rounded, -std::numeric_limits<f32>::infinity()) : rounded;
+}
+// fma.rz
+inline f32 fma_to_zero(f32 a, f32 b, f32 c) {
+  const f32 nearest = std::fma(a, b, c);
+  if (nearest == 0) return nearest;
+  return nearest < 0 ? -fma_down(-a, b, -c) : fma_down(a, b, c);
 }
 
 // cvt to an integer type, of a value that is whole already: what is too large becomes the nearest
