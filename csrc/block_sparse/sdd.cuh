@@ -14,7 +14,7 @@
 
 #include "block_sparse/lines.cuh"
 
-namespace secateur::block_sparse::CUDA {
+namespace secateur::block_sparse::CUDA::simt {
 namespace {
 
 struct Sdd {
@@ -122,24 +122,26 @@ struct SampleTile {
   static constexpr int kShared = (kChunk + kHeld) * kBatch * sizeof(C) + kWarps * 32 * sizeof(int);
 };
 
-// Of 32 sums to each lane one: lane i's is that of sums[i] over all lanes.
-template <typename C>
-__device__ C sum_over_lanes(C (&sums)[32]) {
-  const int lane = threadIdx.x % 32;
+// Of 32 sums to each lane one: lane i's is that of sums[i] over all lanes. Half of the lanes go on
+// with one half of the sums, half with the other. Recursive, so that every index is a constant.
+template <int kHalf, typename C>
+__device__ C sum_over_lanes(const C (&sums)[2 * kHalf]) {
+  const bool upper = threadIdx.x & kHalf;
+  C halves[kHalf];
 #pragma unroll
-  for (int half = 16; half > 0; half /= 2) {
-    const bool upper = lane & half;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const C kept = upper ? sums[i + half] : sums[i], given = upper ? sums[i] : sums[i + half];
-      sums[i] = kept + __shfl_xor_sync(kAll, given, half);
-    }
+  for (int i = 0; i < kHalf; ++i) {
+    const C kept = upper ? sums[i + kHalf] : sums[i], given = upper ? sums[i] : sums[i + kHalf];
+    halves[i] = kept + __shfl_xor_sync(kAll, given, kHalf);
   }
-  return sums[0];
+  if constexpr (kHalf == 1)
+    return halves[0];
+  else
+    return sum_over_lanes<kHalf / 2>(halves);
 }
 
 template <typename T, int kGroup>
-__global__ void __launch_bounds__(kThreads, 2) sample_kernel(const __grid_constant__ Sdd a) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
+    sample_kernel(const __grid_constant__ Sdd a) {
   using C = Compute<T>;
   using Sizes = SampleTile<T, kGroup>;
   using Left = typename Sizes::Left;
@@ -176,22 +178,16 @@ __global__ void __launch_bounds__(kThreads, 2) sample_kernel(const __grid_consta
           if (pending == 0) break;
           for (unsigned rest = pending; rest != 0; rest &= rest - 1) {
             const int r = __ffs(static_cast<int>(rest)) - 1;
-            const int line = __shfl_sync(kAll, group.line, r), j = __shfl_sync(kAll, group.j, r);
-            const int block = __shfl_sync(kAll, group.block, r);
-            const int next = __shfl_sync(kAll, group.next, r);
-            const int end = __shfl_sync(kAll, group.end, r);
-            bool here = next + lane < end;
-            if (here) {
-              const Element e = element(lines, block, next + lane);
-              here = e.feature - chunk < Sizes::kChunk;
-              if (here) keys[lane] = Left::key(static_cast<int>(e.feature - chunk));
-            }
-            const int found = __popc(__ballot_sync(kAll, here));
+            const Group of = group_of_lane(group, r);
+            const int found = for_elements(lines, of, chunk, Sizes::kChunk, [&](const Element& e) {
+              keys[lane] = Left::key(static_cast<int>(e.feature - chunk));
+            });
             __syncwarp();
             Run<C, 2> left[kGroup];
 #pragma unroll
             for (int t = 0; t < kGroup; ++t)
-              left[t] = Left::rows_of_lane(held, Left::key((line - first) * lines.width + j + t));
+              left[t] =
+                  Left::rows_of_lane(held, Left::key((of.line - first) * lines.width + of.j + t));
             for (int e = 0; e < found; e += kAtOnce) {
               C products[32];
 #pragma unroll
@@ -203,11 +199,11 @@ __global__ void __launch_bounds__(kThreads, 2) sample_kernel(const __grid_consta
                   products[i * kGroup + t] =
                       left[t].at[0] * right.at[0] + left[t].at[1] * right.at[1];
               }
-              const C sum = sum_over_lanes(products);
-              const int i = e + lane / kGroup, t = j + lane % kGroup;
-              if (i < found && t < a.rows && line * a.rows + t < a.dy.features) {
-                const int64_t p = block + (next + i) / a.cols;
-                sums[(p * a.rows + t) * a.cols + (next + i) % a.cols] += sum;
+              const C sum = sum_over_lanes<16>(products);
+              const int i = e + lane / kGroup, t = of.j + lane % kGroup;
+              if (i < found && t < a.rows && of.line * a.rows + t < a.dy.features) {
+                const int64_t p = of.block + (of.next + i) / a.cols;
+                sums[(p * a.rows + t) * a.cols + (of.next + i) % a.cols] += sum;
               }
             }
             __syncwarp();
@@ -321,4 +317,4 @@ int run_sdd(const Problem& p, void* workspace, void* stream) {
 }
 
 }  // namespace
-}  // namespace secateur::block_sparse::CUDA
+}  // namespace secateur::block_sparse::CUDA::simt
