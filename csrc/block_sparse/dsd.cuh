@@ -45,12 +45,13 @@ struct DsdTile {
   static constexpr int kShared =
       (kChunk * kBatch + kWarps * kWeights) * sizeof(C) + kWarps * kKeys * sizeof(int);
 
+  // Elements that multiply_add takes at once.
+  static constexpr int kAtOnce = kGroup == 8 ? 2 : 4;
+
+  static int64_t tiles(const Problem& p) { return ceil_div(p.batch, kBatch); }
   static Lines lines(const Problem& p) {
     return make_lines(p, p.product == Product::InputGradient, kGroup, kPass, tiles(p));
   }
-  static int64_t tiles(const Problem& p) { return ceil_div(p.batch, kBatch); }
-  // Elements that multiply_add takes at once.
-  static constexpr int kAtOnce = kGroup == 8 ? 2 : 4;
 };
 
 // What is done to a sum before it is rounded to T and written.
@@ -84,6 +85,57 @@ __device__ void multiply_add(const int* keys, const Compute<T>* weights, const C
     for (int t = 0; t < kGroup; ++t)
 #pragma unroll
       for (int i = 0; i < kRows; ++i) sums[t][i] += w[e * kGroup + t] * left.at[i];
+  }
+}
+
+// What the groups of a warp have in a chunk of features, which is staged in `tile`; lane r's
+// `group` is group r. Each group has up to 32 elements prepared, then all multiply theirs, and so
+// on until the chunk is done.
+template <typename T, int kGroup, int kRows>
+__device__ void multiply_chunk(const Dsd& a, unsigned chunk, const Compute<T>* tile,
+                               Compute<T>* weights, int* keys, Group& group,
+                               Compute<T> (&sums)[kWarpFeatures / kGroup][kGroup][kRows]) {
+  using Sizes = DsdTile<T, kGroup, kRows>;
+  constexpr int kAtOnce = Sizes::kAtOnce;
+  const Lines& lines = a.lines;
+  const int lane = threadIdx.x % 32;
+  const T* const values = static_cast<const T*>(a.values);
+  for (;;) {
+    const unsigned pending =
+        __ballot_sync(kAll, next_feature(lines, group) - chunk < Sizes::kChunk);
+    if (pending == 0) break;
+    int count = 0;  // of the lane's group
+    for (unsigned rest = pending; rest != 0; rest &= rest - 1) {
+      const int r = __ffs(static_cast<int>(rest)) - 1;
+      const Group of = group_of_lane(group, r);
+      const int found = for_elements(lines, of, chunk, Sizes::kChunk, [&](const Element& e) {
+        const int64_t place = lines.position ? lines.position[e.block] : e.block;
+        const T* const from = values + place * lines.width * lines.inner_width +
+                              of.j * a.line_stride + e.l * a.inner_stride;
+        Compute<T>* const to = weights + (r * 32 + lane) * kGroup;
+#pragma unroll
+        for (int t = 0; t < kGroup; ++t)
+          to[t] = of.j + t < lines.width ? widen(from[t * a.line_stride]) : Compute<T>{0};
+        keys[r * 32 + lane] = Sizes::Left::key(static_cast<int>(e.feature - chunk));
+      });
+      if (lane == r) count = found;
+    }
+    __syncwarp();
+#pragma unroll
+    for (int r = 0; r < Sizes::kGroups; ++r) {
+      const int found = __shfl_sync(kAll, count, r);
+      const int* const key = keys + r * 32;
+      const Compute<T>* const weight = weights + r * 32 * kGroup;
+      int e = 0;
+#pragma unroll 1
+      for (; e + kAtOnce <= found; e += kAtOnce)
+        multiply_add<T, kGroup, kRows, kAtOnce>(key + e, weight + e * kGroup, tile, sums[r]);
+#pragma unroll 1
+      for (; e < found; ++e)
+        multiply_add<T, kGroup, kRows, 1>(key + e, weight + e * kGroup, tile, sums[r]);
+    }
+    __syncwarp();
+    group.next += count;
   }
 }
 
@@ -135,70 +187,27 @@ template <typename T, int kGroup, int kRows>
 __global__ void __launch_bounds__(kThreads, 2) dsd_kernel(const __grid_constant__ Dsd a) {
   using C = Compute<T>;
   using Sizes = DsdTile<T, kGroup, kRows>;
-  using Left = typename Sizes::Left;
-  constexpr int kGroups = Sizes::kGroups, kAtOnce = Sizes::kAtOnce;
+  constexpr int kGroups = Sizes::kGroups;
   SECATEUR_DYNAMIC_SHARED(C, tile);
   SECATEUR_SHARED(unsigned, nexts, kWarps);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  C* const all_weights = tile + Sizes::kChunk * Sizes::kBatch;
-  C* const weights = all_weights + warp * Sizes::kWeights;
-  int* const keys =
-      reinterpret_cast<int*>(all_weights + kWarps * Sizes::kWeights) + warp * Sizes::kKeys;
-  const Lines& lines = a.lines;
-  const Range range(lines);
-  const T* const values = static_cast<const T*>(a.values);
-  for (int first = line_of(lines, range.begin);
-       first < lines.count && first_item(lines, first) < range.end; first += lines.per_pass) {
+  C* const weights = tile + Sizes::kChunk * Sizes::kBatch;
+  int* const keys = reinterpret_cast<int*>(weights + kWarps * Sizes::kWeights);
+  const Range range(a.lines);
+  for (int first = line_of(a.lines, range.begin);
+       first < a.lines.count && first_item(a.lines, first) < range.end; first += a.lines.per_pass) {
     Group group;  // lane r's is group r of its warp
-    if (lane < kGroups) group = group_of<kGroup>(lines, range, first, warp * kGroups + lane);
+    if (lane < kGroups) group = group_of<kGroup>(a.lines, range, first, warp * kGroups + lane);
     C sums[kGroups][kGroup][kRows] = {};
     for (;;) {
-      unsigned feature = next_feature(lines, group);
-      const unsigned least = block_min(feature, nexts);
-      if (least == kNone) break;
-      const unsigned chunk = least / Sizes::kChunk * Sizes::kChunk;
-      Left::template stage<Sizes::kChunk>(a.left, range.tile * Sizes::kBatch,
-                                          static_cast<int>(chunk), tile);
+      const unsigned next = block_min(next_feature(a.lines, group), nexts);
+      if (next == kNone) break;
+      const unsigned chunk = next / Sizes::kChunk * Sizes::kChunk;
+      Sizes::Left::template stage<Sizes::kChunk>(a.left, range.tile * Sizes::kBatch,
+                                                 static_cast<int>(chunk), tile);
       __syncthreads();
-      // Each group has up to 32 elements prepared, all groups multiply theirs, and so on until the
-      // chunk is done.
-      for (;;) {
-        const unsigned pending = __ballot_sync(kAll, feature - chunk < Sizes::kChunk);
-        if (pending == 0) break;
-        int count = 0;  // of the lane's group
-        for (unsigned rest = pending; rest != 0; rest &= rest - 1) {
-          const int r = __ffs(static_cast<int>(rest)) - 1;
-          const Group of = group_of_lane(group, r);
-          const int found = for_elements(lines, of, chunk, Sizes::kChunk, [&](const Element& e) {
-            const int64_t place = lines.position ? lines.position[e.block] : e.block;
-            const T* const from = values + place * lines.width * lines.inner_width +
-                                  of.j * a.line_stride + e.l * a.inner_stride;
-            C* const to = weights + (r * 32 + lane) * kGroup;
-#pragma unroll
-            for (int t = 0; t < kGroup; ++t)
-              to[t] = of.j + t < lines.width ? widen(from[t * a.line_stride]) : C{0};
-            keys[r * 32 + lane] = Left::key(static_cast<int>(e.feature - chunk));
-          });
-          if (lane == r) count = found;
-        }
-        __syncwarp();
-#pragma unroll
-        for (int r = 0; r < kGroups; ++r) {
-          const int found = __shfl_sync(kAll, count, r);
-          const int* const key = keys + r * 32;
-          const C* const weight = weights + r * 32 * kGroup;
-          int e = 0;
-#pragma unroll 1
-          for (; e + kAtOnce <= found; e += kAtOnce)
-            multiply_add<T, kGroup, kRows, kAtOnce>(key + e, weight + e * kGroup, tile, sums[r]);
-#pragma unroll 1
-          for (; e < found; ++e)
-            multiply_add<T, kGroup, kRows, 1>(key + e, weight + e * kGroup, tile, sums[r]);
-        }
-        __syncwarp();
-        group.next += count;
-        feature = next_feature(lines, group);
-      }
+      multiply_chunk<T>(a, chunk, tile, weights + warp * Sizes::kWeights,
+                        keys + warp * Sizes::kKeys, group, sums);
     }
     store_sums<T>(a, range, group, tile + warp * kStored * Sizes::kBatch, sums);
     __syncthreads();
