@@ -42,6 +42,17 @@ def test_matches_reference(spec: OpSpec, dtype: torch.dtype, emulated: EmulatedO
     check_samples(spec, dtype, emulated)
 
 
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_schedules_do_not_matter(spec: OpSpec, plain: EmulatedOps) -> None:
+    results = []
+    for seed in range(3):
+        plain.emulator.set_seed(seed)
+        args = [sample.args for sample in spec.samples(spec.dtypes[0], CPU)]
+        results.append(([plain.call(spec.name, *a) for a in args], args))
+    for seed in (1, 2):
+        check_close(results[seed], results[0], exact=True, case=f"seeds 0 and {seed}")
+
+
 @pytest.mark.slow_cuda
 def test_samples_reach_every_line_of_the_kernels() -> None:
     checked = emulated_ops(Flavour.CHECKED)
@@ -127,6 +138,16 @@ def test_arguments_are_refused_in_the_words_of_the_cpu(
             assert refusal(lambda bad=bad: plain.call(spec.name, *bad)) == words
             if words is not None:
                 assert words.startswith(f"{spec.name}: expected "), words
+
+
+def test_block_sparse_products_count_features_in_32_bits(plain: EmulatedOps) -> None:
+    n, cols = 2**31, 2**20
+    none = torch.empty(0, dtype=torch.int32)
+    offsets = torch.zeros(n // cols + 1, dtype=torch.int32)
+    pattern = (offsets[:2], none, none, offsets, none, none)
+    x, values = torch.empty(0, n), torch.empty(0, 1, cols)
+    with pytest.raises(RuntimeError, match=rf"than 2\*\*31 features in blocks, got .* 1 x {n} in"):
+        plain.call("block_sparse_linear", x, values, None, *pattern, 1)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)

@@ -91,11 +91,11 @@ using Ceiling = int64_t(Dtype dtype, int64_t rounds, float* value);
 SECATEUR_PER_ISA(MakePlan make_plan; RunStage pack_x; RunStage pack_dy; RunStage pack_values;
                  RunStage run; RunStage finish; Ceiling multiply_registers)
 
-// Products on CUDA but Backward, which is two of them there. None is empty: n_blocks may be 0, no
-// other size, and batch may be 0 in WeightGradient only. Nothing waits for the device.
+// Products on CUDA, but for Backward, which is two of them there. The batch and the result are not
+// empty, and there are fewer than 2**31 features in blocks.
 namespace CUDA {
 
-// Bytes that a product needs beside its operands; they need not be initialised.
+// Bytes that a product needs beside its operands.
 int64_t workspace_bytes(const Problem& problem);
 // On a CUDA stream; returns a cudaError_t. `workspace` is aligned to 16 bytes.
 int run(const Problem& problem, void* workspace, void* stream);

@@ -14,7 +14,7 @@
 #include "block_sparse/lines.cuh"
 #include "common/activation.h"
 
-namespace secateur::block_sparse::CUDA {
+namespace secateur::block_sparse::CUDA::simt {
 namespace {
 
 constexpr int kWarpFeatures = 16;
@@ -27,8 +27,9 @@ struct Dsd {
   const void* bias;                   // may be null
   Activation activation;
   void* out;
-  bool vectors;   // runs of a line's features in `out` can be stored by 16 bytes
-  void* partial;  // two lines of each thread block: one that began before, one that goes on after
+  // What a thread block has of a line that is cut: [thread block][begins here][feature][row].
+  void* partial;
+  int part_features, tile_batch;  // of a part of a line; rows of the batch
 };
 
 template <typename T, int kGroup, int kRows>
@@ -38,20 +39,18 @@ struct DsdTile {
   static constexpr int kGroups = kWarpFeatures / kGroup;  // of a warp
   static constexpr int kPass = kGroups * kWarps;
   static constexpr int kBatch = Left::kBatch;
-  static constexpr int kChunk = (kGroup == 8 ? 64 : 128) / (sizeof(C) / 4);
+  static constexpr int kChunk = kGroup == 8 || sizeof(C) == 8 ? 64 : 128;
   // Of each warp: for each group up to 32 elements, their keys in the tile and their weights.
   static constexpr int kWeights = kWarpFeatures * 32, kKeys = kGroups * 32;
   static constexpr int kShared =
       (kChunk * kBatch + kWarps * kWeights) * sizeof(C) + kWarps * kKeys * sizeof(int);
 
+  // Elements that multiply_add takes at once.
+  static constexpr int kAtOnce = kGroup == 8 ? 2 : 4;
+
+  static int64_t tiles(const Problem& p) { return ceil_div(p.batch, kBatch); }
   static Lines lines(const Problem& p) {
     return make_lines(p, p.product == Product::InputGradient, kGroup, kPass, tiles(p));
-  }
-  static int64_t tiles(const Problem& p) { return ceil_div(p.batch, kBatch); }
-
-  // Elements of the partial sums of one line.
-  __host__ __device__ static int64_t line_size(const Lines& a) {
-    return int64_t{a.groups} * kGroup * kBatch;
   }
 };
 
@@ -89,50 +88,97 @@ __device__ void multiply_add(const int* keys, const Compute<T>* weights, const C
   }
 }
 
-// Sums of a group to `out`, or to the partial sums of its line.
+// What the groups of a warp have in a chunk of features, which is staged in `tile`; lane r's
+// `group` is group r. Each group has up to 32 elements prepared, then all multiply theirs, and so
+// on until the chunk is done.
 template <typename T, int kGroup, int kRows>
-__device__ void store_group(const Dsd& a, const Range& range, int line, int j,
-                            const Compute<T> (&sums)[kGroup][kRows]) {
-  using C = Compute<T>;
+__device__ void multiply_chunk(const Dsd& a, unsigned chunk, const Compute<T>* tile,
+                               Compute<T>* weights, int* keys, Group& group,
+                               Compute<T> (&sums)[kWarpFeatures / kGroup][kGroup][kRows]) {
   using Sizes = DsdTile<T, kGroup, kRows>;
+  constexpr int kAtOnce = Sizes::kAtOnce;
   const Lines& lines = a.lines;
-  const int row = threadIdx.x % 32 * kRows;
-  const bool begins = first_item(lines, line) >= range.begin;
-  const bool ends = first_item(lines, line + 1) <= range.end;
-  if (!begins || !ends) {
-    C* const to = static_cast<C*>(a.partial) +
-                  (int64_t{blockIdx.x} * 2 + begins) * Sizes::line_size(lines) +
-                  (j - range.part * lines.groups * kGroup) * Sizes::kBatch + row;
+  const int lane = threadIdx.x % 32;
+  const T* const values = static_cast<const T*>(a.values);
+  for (;;) {
+    const unsigned pending =
+        __ballot_sync(kAll, next_feature(lines, group) - chunk < Sizes::kChunk);
+    if (pending == 0) break;
+    int count = 0;  // of the lane's group
+    for (unsigned rest = pending; rest != 0; rest &= rest - 1) {
+      const int r = __ffs(static_cast<int>(rest)) - 1;
+      const Group of = group_of_lane(group, r);
+      const int found = for_elements(lines, of, chunk, Sizes::kChunk, [&](const Element& e) {
+        const int64_t place = lines.position ? lines.position[e.block] : e.block;
+        const T* const from = values + place * lines.width * lines.inner_width +
+                              of.j * a.line_stride + e.l * a.inner_stride;
+        Compute<T>* const to = weights + (r * 32 + lane) * kGroup;
 #pragma unroll
-    for (int t = 0; t < kGroup; ++t) {
+        for (int t = 0; t < kGroup; ++t)
+          to[t] = of.j + t < lines.width ? widen(from[t * a.line_stride]) : Compute<T>{0};
+        keys[r * 32 + lane] = Sizes::Left::key(static_cast<int>(e.feature - chunk));
+      });
+      if (lane == r) count = found;
+    }
+    __syncwarp();
+#pragma unroll
+    for (int r = 0; r < Sizes::kGroups; ++r) {
+      const int found = __shfl_sync(kAll, count, r);
+      const int* const key = keys + r * 32;
+      const Compute<T>* const weight = weights + r * 32 * kGroup;
+      int e = 0;
+#pragma unroll 1
+      for (; e + kAtOnce <= found; e += kAtOnce)
+        multiply_add<T, kGroup, kRows, kAtOnce>(key + e, weight + e * kGroup, tile, sums[r]);
+#pragma unroll 1
+      for (; e < found; ++e)
+        multiply_add<T, kGroup, kRows, 1>(key + e, weight + e * kGroup, tile, sums[r]);
+    }
+    __syncwarp();
+    group.next += count;
+  }
+}
+
+// The sums of a warp to `out`, or where their line is cut to the partial sums: by way of shared
+// memory, kStored features at a time, so that neighbours in memory are stored at once.
+constexpr int kStored = 8;
+
+template <typename T, int kGroup, int kRows, int kGroups>
+__device__ void store_sums(const Dsd& a, const Range& range, const Group& group, Compute<T>* space,
+                           const Compute<T> (&sums)[kGroups][kGroup][kRows]) {
+  using C = Compute<T>;
+  constexpr int kBatch = 32 * kRows;
+  const Lines& lines = a.lines;
+  const int lane = threadIdx.x % 32, own = lane % kStored;
+  // Feature f of row m lies at f * kBatch + (m ^ 4 f): 8 features of 4 neighbours, to 32 banks.
+#pragma unroll
+  for (int first = 0; first < kWarpFeatures; first += kStored) {
+    __syncwarp();
+#pragma unroll
+    for (int f = 0; f < kStored; ++f) {
       Run<C, kRows> run;
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) run.at[i] = sums[t][i];
-      *reinterpret_cast<Run<C, kRows>*>(to + t * Sizes::kBatch) = run;
+      for (int i = 0; i < kRows; ++i) run.at[i] = sums[(first + f) / kGroup][f % kGroup][i];
+      *reinterpret_cast<Run<C, kRows>*>(space + f * kBatch + (lane * kRows ^ f * 4)) = run;
     }
-    return;
-  }
-  const int feature = line * lines.width + j;
-  const int count = min(min(kGroup, lines.width - j), lines.features - feature);
-#pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    const int64_t m = range.tile * Sizes::kBatch + row + i;
-    if (m >= a.left.batch) return;
-    T result[kGroup];
-#pragma unroll
-    for (int t = 0; t < kGroup; ++t)
-      if (t < count) result[t] = finish<T>(a, sums[t][i], feature + t);
-    T* const to = static_cast<T*>(a.out) + m * lines.features + feature;
-    constexpr int kBytes = sizeof(result);
-    if (kBytes % kLoadBytes == 0 && a.vectors && count == kGroup) {
-      uint4 vectors[(kBytes + kLoadBytes - 1) / kLoadBytes];
-      __builtin_memcpy(vectors, result, kBytes);
-#pragma unroll
-      for (int v = 0; v < kBytes / kLoadBytes; ++v) reinterpret_cast<uint4*>(to)[v] = vectors[v];
-    } else {
-#pragma unroll
-      for (int t = 0; t < kGroup; ++t)
-        if (t < count) to[t] = result[t];
+    __syncwarp();
+    const Group of = group_of_lane(group, (first + own) / kGroup);
+    const int j = of.j + own % kGroup, feature = of.line * lines.width + j;
+    if (of.line < 0 || j >= lines.width || feature >= lines.features) continue;
+    const bool begins = first_item(lines, of.line) >= range.begin;
+    const bool ends = first_item(lines, of.line + 1) <= range.end;
+    C* const partial =
+        static_cast<C*>(a.partial) +
+        ((int64_t{blockIdx.x} * 2 + begins) * a.part_features + j - range.part * a.part_features) *
+            kBatch;
+#pragma unroll 1
+    for (int m = lane / kStored; m < kBatch; m += 32 / kStored) {
+      const C sum = space[own * kBatch + (m ^ own * 4)];
+      const int64_t row = range.tile * kBatch + m;
+      if (!begins || !ends)
+        partial[m] = sum;
+      else if (row < a.left.batch)
+        static_cast<T*>(a.out)[row * lines.features + feature] = finish<T>(a, sum, feature);
     }
   }
 }
@@ -145,108 +191,50 @@ __global__ void __launch_bounds__(kThreads, 2) dsd_kernel(const __grid_constant_
   SECATEUR_DYNAMIC_SHARED(C, tile);
   SECATEUR_SHARED(unsigned, nexts, kWarps);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  C* const weights = tile + Sizes::kChunk * Sizes::kBatch + warp * Sizes::kWeights;
-  int* const keys =
-      reinterpret_cast<int*>(tile + Sizes::kChunk * Sizes::kBatch + kWarps * Sizes::kWeights) +
-      warp * Sizes::kKeys;
-  const Lines& lines = a.lines;
-  const Range range(lines);
-  const T* const values = static_cast<const T*>(a.values);
-  for (int first = line_of(lines, range.begin);
-       first < lines.count && first_item(lines, first) < range.end; first += lines.per_pass) {
-    // Lane r knows of group r of its warp.
-    Group group;
-    if (lane < kGroups) group = group_of<kGroup>(lines, range, first, warp * kGroups + lane);
+  C* const weights = tile + Sizes::kChunk * Sizes::kBatch;
+  int* const keys = reinterpret_cast<int*>(weights + kWarps * Sizes::kWeights);
+  const Range range(a.lines);
+  for (int first = line_of(a.lines, range.begin);
+       first < a.lines.count && first_item(a.lines, first) < range.end; first += a.lines.per_pass) {
+    Group group;  // lane r's is group r of its warp
+    if (lane < kGroups) group = group_of<kGroup>(a.lines, range, first, warp * kGroups + lane);
     C sums[kGroups][kGroup][kRows] = {};
     for (;;) {
-      unsigned feature = next_feature(lines, group);
-      const unsigned least = block_min(feature, nexts);
-      if (least == kNone) break;
-      const unsigned chunk = least / Sizes::kChunk * Sizes::kChunk;
+      const unsigned next = block_min(next_feature(a.lines, group), nexts);
+      if (next == kNone) break;
+      const unsigned chunk = next / Sizes::kChunk * Sizes::kChunk;
       Sizes::Left::template stage<Sizes::kChunk>(a.left, range.tile * Sizes::kBatch,
                                                  static_cast<int>(chunk), tile);
       __syncthreads();
-      // Each group has up to 32 elements prepared, all groups multiply theirs, and so on until the
-      // chunk is done.
-      for (;;) {
-        const unsigned pending = __ballot_sync(kAll, feature - chunk < Sizes::kChunk);
-        if (pending == 0) break;
-        int count = 0;  // of the lane's group
-        for (unsigned rest = pending; rest != 0; rest &= rest - 1) {
-          const int r = __ffs(static_cast<int>(rest)) - 1;
-          const int block = __shfl_sync(kAll, group.block, r);
-          const int at = __shfl_sync(kAll, group.next, r) + lane;
-          const int end = __shfl_sync(kAll, group.end, r);
-          const int j = __shfl_sync(kAll, group.j, r);
-          bool here = at < end;
-          if (here) {
-            const Element e = element(lines, block, at);
-            here = e.feature - chunk < Sizes::kChunk;
-            if (here) {
-              const int64_t place = lines.position ? lines.position[e.block] : e.block;
-              const T* const from = values + place * lines.width * lines.inner_width +
-                                    j * a.line_stride + e.l * a.inner_stride;
-              C* const to = weights + (r * 32 + lane) * kGroup;
-#pragma unroll
-              for (int t = 0; t < kGroup; ++t)
-                to[t] = j + t < lines.width ? widen(from[t * a.line_stride]) : C{0};
-              keys[r * 32 + lane] = Sizes::Left::key(static_cast<int>(e.feature - chunk));
-            }
-          }
-          const int found = __popc(__ballot_sync(kAll, here));
-          if (lane == r) count = found;
-        }
-        __syncwarp();
-#pragma unroll
-        for (int r = 0; r < kGroups; ++r) {
-          if ((pending >> r & 1) == 0) continue;
-          const int found = __shfl_sync(kAll, count, r);
-          const int* const key = keys + r * 32;
-          const C* const weight = weights + r * 32 * kGroup;
-          int e = 0;
-          for (; e + 4 <= found; e += 4)
-            multiply_add<T, kGroup, kRows, 4>(key + e, weight + e * kGroup, tile, sums[r]);
-          for (; e < found; ++e)
-            multiply_add<T, kGroup, kRows, 1>(key + e, weight + e * kGroup, tile, sums[r]);
-        }
-        __syncwarp();
-        group.next += count;
-        feature = next_feature(lines, group);
-      }
+      multiply_chunk<T>(a, chunk, tile, weights + warp * Sizes::kWeights,
+                        keys + warp * Sizes::kKeys, group, sums);
     }
-#pragma unroll
-    for (int r = 0; r < kGroups; ++r) {
-      const int line = __shfl_sync(kAll, group.line, r);
-      const int j = __shfl_sync(kAll, group.j, r);
-      if (line >= 0 && line * lines.width + j < lines.features)
-        store_group<T>(a, range, line, j, sums[r]);
-    }
+    store_sums<T>(a, range, group, tile + warp * kStored * Sizes::kBatch, sums);
+    __syncthreads();
   }
 }
 
 // A line that begins in one range and ends in a later one: the sum of what they have of it.
-template <typename T, int kGroup, int kRows>
+template <typename T>
 __global__ void __launch_bounds__(kThreads) join_kernel(const __grid_constant__ Dsd a) {
   using C = Compute<T>;
-  using Sizes = DsdTile<T, kGroup, kRows>;
   const Lines& lines = a.lines;
   const Range range(lines);
   const int line = line_of(lines, range.end - 1);
   const int64_t end = first_item(lines, line + 1);
   if (first_item(lines, line) < range.begin || end <= range.end) return;
-  const int j = range.part * lines.groups * kGroup;
-  const int features =
-      min(min(lines.groups * kGroup, lines.width - j), lines.features - line * lines.width - j);
+  const int j = range.part * a.part_features, first = line * lines.width + j;
+  const int features = min(min(a.part_features, lines.width - j), lines.features - first);
   const C* const sums = static_cast<const C*>(a.partial);
-  const int64_t size = Sizes::line_size(lines);
-  for (int i = threadIdx.x; i < features * Sizes::kBatch; i += kThreads) {
-    const int feature = line * lines.width + j + i / Sizes::kBatch;
-    const int64_t m = range.tile * Sizes::kBatch + i % Sizes::kBatch;
-    if (m >= a.left.batch) continue;
+  const int64_t size = int64_t{a.part_features} * a.tile_batch;
+  for (int i = threadIdx.x; i < features * a.tile_batch; i += kThreads) {
+    const int feature = first + i / a.tile_batch;
+    const int64_t row = range.tile * a.tile_batch + i % a.tile_batch;
+    if (row >= a.left.batch) continue;
     C sum = sums[(int64_t{blockIdx.x} * 2 + 1) * size + i];
     for (int64_t later = 1; range.begin + later * lines.range_items < end; ++later)
       sum += sums[(blockIdx.x + later) * 2 * size + i];
-    static_cast<T*>(a.out)[m * lines.features + feature] = finish<T>(a, sum, feature);
+    static_cast<T*>(a.out)[row * lines.features + feature] = finish<T>(a, sum, feature);
   }
 }
 
@@ -255,7 +243,7 @@ int64_t dsd_bytes(const Problem& p) {
   using Sizes = DsdTile<T, kGroup, kRows>;
   const Lines lines = Sizes::lines(p);
   if (lines.ranges == 1) return 0;
-  return range_blocks(lines, Sizes::tiles(p)) * 2 * Sizes::line_size(lines) *
+  return range_blocks(lines, Sizes::tiles(p)) * 2 * lines.groups * kGroup * Sizes::kBatch *
          static_cast<int64_t>(sizeof(Compute<T>));
 }
 
@@ -273,19 +261,17 @@ int run_dsd(const Problem& p, void* workspace, void* stream) {
   a.bias = p.bias;
   a.activation = p.activation;
   a.out = p.out;
-  a.vectors = aligned(p.out) && a.lines.features * sizeof(T) % kLoadBytes == 0 &&
-              a.lines.width * sizeof(T) % kLoadBytes == 0;
   a.partial = workspace;
+  a.part_features = a.lines.groups * kGroup;
+  a.tile_batch = Sizes::kBatch;
   const auto blocks = static_cast<unsigned>(range_blocks(a.lines, Sizes::tiles(p)));
-  const auto kernel = dsd_kernel<T, kGroup, kRows>;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Sizes::kShared);
+  const cudaError_t error = cudaFuncSetAttribute(
+      dsd_kernel<T, kGroup, kRows>, cudaFuncAttributeMaxDynamicSharedMemorySize, Sizes::kShared);
   if (error != cudaSuccess) return error;
-  SECATEUR_LAUNCH(kernel, blocks, kThreads, Sizes::kShared, stream, a);
-  if (a.lines.ranges > 1)
-    SECATEUR_LAUNCH((join_kernel<T, kGroup, kRows>), blocks, kThreads, 0, stream, a);
+  SECATEUR_LAUNCH((dsd_kernel<T, kGroup, kRows>), blocks, kThreads, Sizes::kShared, stream, a);
+  if (a.lines.ranges > 1) SECATEUR_LAUNCH(join_kernel<T>, blocks, kThreads, 0, stream, a);
   return cudaGetLastError();
 }
 
 }  // namespace
-}  // namespace secateur::block_sparse::CUDA
+}  // namespace secateur::block_sparse::CUDA::simt

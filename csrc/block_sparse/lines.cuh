@@ -6,7 +6,7 @@
 #include "block_sparse/block_sparse.h"
 #include "common/kernels.cuh"
 
-namespace secateur::block_sparse::CUDA {
+namespace secateur::block_sparse::CUDA::simt {
 namespace {
 
 constexpr int kWarps = kThreads / 32;
@@ -77,7 +77,8 @@ struct Tile {
   __device__ static void stage(const Matrix& from, int64_t row, int first, C* tile) {
     static_assert(kChunk % kFeatures == 0);
     constexpr int kColumns = kChunk / kFeatures, kParts = kColumns * kBatch / 4;
-    constexpr int kInFlight = kParts / kWarps < 4 ? kParts / kWarps : 4;
+    constexpr int kMost = sizeof(T) == 2 ? 2 : 4;  // the sums leave that many registers
+    constexpr int kInFlight = std::min(kParts / kWarps, kMost);
     static_assert(kParts % (kWarps * kInFlight) == 0);
     const int lane = threadIdx.x % 32;
     for (int part = threadIdx.x / 32; part < kParts; part += kWarps * kInFlight) {
@@ -222,14 +223,36 @@ struct Element {
   unsigned feature;
 };
 
-__device__ inline Element element(const Lines& a, int first_block, int at) {
-  const int block = first_block + at / a.inner_width, l = at % a.inner_width;
+__device__ inline Element element(const Lines& a, const Group& group, int at) {
+  const int block = group.block + at / a.inner_width, l = at % a.inner_width;
   return {block, l, static_cast<unsigned>(a.index[block] * a.inner_width + l)};
 }
 
 // The next feature that a group needs.
 __device__ inline unsigned next_feature(const Lines& a, const Group& group) {
-  return group.next < group.end ? element(a, group.block, group.next).feature : kNone;
+  return group.next < group.end ? element(a, group, group.next).feature : kNone;
+}
+
+// What lane `r` of the warp knows.
+__device__ inline Group group_of_lane(const Group& group, int r) {
+  return {__shfl_sync(kAll, group.line, r), __shfl_sync(kAll, group.j, r),
+          __shfl_sync(kAll, group.block, r), __shfl_sync(kAll, group.next, r),
+          __shfl_sync(kAll, group.end, r)};
+}
+
+// Calls f(element) in lane i with the group's i-th element to come, if it lies in the chunk of
+// features; how many do.
+template <typename F>
+__device__ int for_elements(const Lines& a, const Group& group, unsigned chunk, unsigned size,
+                            F&& f) {
+  const int at = group.next + static_cast<int>(threadIdx.x % 32);
+  bool here = at < group.end;
+  if (here) {
+    const Element e = element(a, group, at);
+    here = e.feature - chunk < size;
+    if (here) f(e);
+  }
+  return __popc(__ballot_sync(kAll, here));
 }
 
 // The least that any thread of the block brings, told to all. Orders as __syncthreads() does;
@@ -242,4 +265,4 @@ __device__ inline unsigned block_min(unsigned value, unsigned (&slots)[kWarps]) 
 }
 
 }  // namespace
-}  // namespace secateur::block_sparse::CUDA
+}  // namespace secateur::block_sparse::CUDA::simt

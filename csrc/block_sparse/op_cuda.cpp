@@ -11,6 +11,12 @@ namespace {
 
 Tensor launch(const char* op, Call call) {
   const Problem& problem = call.problem;
+  // Kernels count features in 32 bits; all else in 64.
+  constexpr int64_t limit = int64_t{1} << 31;
+  STD_TORCH_CHECK(
+      problem.block_rows * problem.rows < limit && problem.block_cols * problem.cols < limit, op,
+      ": expected fewer than 2**31 features in blocks, got a weight of ", problem.out_features,
+      " x ", problem.in_features, " in blocks of ", problem.rows, " x ", problem.cols);
   if (call.out.numel() == 0) return call.out;
   const Device device(call.out);
   if (problem.batch == 0) return torch::stable::zero_(call.out);

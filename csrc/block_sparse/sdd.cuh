@@ -14,7 +14,7 @@
 
 #include "block_sparse/lines.cuh"
 
-namespace secateur::block_sparse::CUDA {
+namespace secateur::block_sparse::CUDA::simt {
 namespace {
 
 struct Sdd {
@@ -117,104 +117,110 @@ struct SampleTile {
   static constexpr int kGroups = 8 / kGroup;  // of a warp
   static constexpr int kPass = kGroups * kWarps;
   static constexpr int kBatch = Left::kBatch;
-  static constexpr int kChunk = 256 / (sizeof(C) / 4);
+  static constexpr int kChunk = 192 / (sizeof(C) / 4);
   static constexpr int kHeld = kPass * kGroup;  // features of dY
   static constexpr int kShared = (kChunk + kHeld) * kBatch * sizeof(C) + kWarps * 32 * sizeof(int);
 };
 
-// Of 32 sums to each lane one: lane i's is that of sums[i] over all lanes.
-template <typename C>
-__device__ C sum_over_lanes(C (&sums)[32]) {
-  const int lane = threadIdx.x % 32;
+// Of 32 sums to each lane one: lane i's is that of sums[i] over all lanes. Half of the lanes go on
+// with one half of the sums, half with the other. Recursive, so that every index is a constant.
+template <int kHalf, typename C>
+__device__ C sum_over_lanes(const C (&sums)[2 * kHalf]) {
+  const bool upper = threadIdx.x & kHalf;
+  C halves[kHalf];
 #pragma unroll
-  for (int half = 16; half > 0; half /= 2) {
-    const bool upper = lane & half;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const C kept = upper ? sums[i + half] : sums[i], given = upper ? sums[i] : sums[i + half];
-      sums[i] = kept + __shfl_xor_sync(kAll, given, half);
-    }
+  for (int i = 0; i < kHalf; ++i) {
+    const C kept = upper ? sums[i + kHalf] : sums[i], given = upper ? sums[i] : sums[i + kHalf];
+    halves[i] = kept + __shfl_xor_sync(kAll, given, kHalf);
   }
-  return sums[0];
+  if constexpr (kHalf == 1)
+    return halves[0];
+  else
+    return sum_over_lanes<kHalf / 2>(halves);
 }
 
+// What the groups of a warp have in a chunk of X, which is staged in `tile`, to the sums of dW; as
+// multiply_chunk. dY of the features from line `first` on is staged in `held`.
 template <typename T, int kGroup>
-__global__ void __launch_bounds__(kThreads, 2) sample_kernel(const __grid_constant__ Sdd a) {
+__device__ void sample_chunk(const Sdd& a, unsigned chunk, int first, const Compute<T>* tile,
+                             const Compute<T>* held, int* keys, Compute<T>* sums, Group& group) {
   using C = Compute<T>;
   using Sizes = SampleTile<T, kGroup>;
   using Left = typename Sizes::Left;
-  constexpr int kGroups = Sizes::kGroups, kAtOnce = 32 / kGroup;
+  constexpr int kAtOnce = 32 / kGroup;
+  const Lines& lines = a.lines;
+  const int lane = threadIdx.x % 32;
+  for (;;) {
+    const unsigned pending =
+        __ballot_sync(kAll, next_feature(lines, group) - chunk < Sizes::kChunk);
+    if (pending == 0) break;
+    for (unsigned rest = pending; rest != 0; rest &= rest - 1) {
+      const int r = __ffs(static_cast<int>(rest)) - 1;
+      const Group of = group_of_lane(group, r);
+      const int found = for_elements(lines, of, chunk, Sizes::kChunk, [&](const Element& e) {
+        keys[lane] = Left::key(static_cast<int>(e.feature - chunk));
+      });
+      __syncwarp();
+      Run<C, 2> left[kGroup];
+#pragma unroll
+      for (int t = 0; t < kGroup; ++t)
+        left[t] = Left::rows_of_lane(held, Left::key((of.line - first) * a.rows + of.j + t));
+      for (int e = 0; e < found; e += kAtOnce) {
+        C products[32];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          Run<C, 2> right = {};
+          if (e + i < found) right = Left::rows_of_lane(tile, keys[e + i]);
+#pragma unroll
+          for (int t = 0; t < kGroup; ++t)
+            products[i * kGroup + t] = left[t].at[0] * right.at[0] + left[t].at[1] * right.at[1];
+        }
+        const C sum = sum_over_lanes<16>(products);
+        const int i = e + lane / kGroup, j = of.j + lane % kGroup;
+        if (i < found && j < a.rows && of.line * a.rows + j < a.dy.features) {
+          const int64_t p = of.block + (of.next + i) / a.cols;
+          sums[(p * a.rows + j) * a.cols + (of.next + i) % a.cols] += sum;
+        }
+      }
+      __syncwarp();
+      if (lane == r) group.next += found;
+    }
+  }
+}
+
+template <typename T, int kGroup>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
+    sample_kernel(const __grid_constant__ Sdd a) {
+  using C = Compute<T>;
+  using Sizes = SampleTile<T, kGroup>;
+  using Left = typename Sizes::Left;
+  constexpr int kGroups = Sizes::kGroups;
   SECATEUR_DYNAMIC_SHARED(C, tile);
   SECATEUR_SHARED(unsigned, nexts, kWarps);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   C* const held = tile + Sizes::kChunk * Sizes::kBatch;
-  int* const keys = reinterpret_cast<int*>(held + Sizes::kHeld * Sizes::kBatch) + warp * 32;
-  const Lines& lines = a.lines;
-  const Range range(lines);
-  C* const sums = static_cast<C*>(a.sums) + range.tile * a.n_blocks * a.rows * a.cols;
-  for (int first = line_of(lines, range.begin);
-       first < lines.count && first_item(lines, first) < range.end; first += lines.per_pass) {
-    Group whole;
-    if (lane < kGroups) whole = group_of<kGroup>(lines, range, first, warp * kGroups + lane);
-    const int first_feature = first * lines.width;
+  int* const keys = reinterpret_cast<int*>(held + Sizes::kHeld * Sizes::kBatch);
+  const Range range(a.lines);
+  const int64_t split = range.tile;
+  C* const sums = static_cast<C*>(a.sums) + split * a.n_blocks * a.rows * a.cols;
+  for (int first = line_of(a.lines, range.begin);
+       first < a.lines.count && first_item(a.lines, first) < range.end; first += a.lines.per_pass) {
+    Group whole;  // lane r's is group r of its warp
+    if (lane < kGroups) whole = group_of<kGroup>(a.lines, range, first, warp * kGroups + lane);
+    const int feature = first * a.rows;
     Matrix dy = a.dy;
-    dy.vectors = dy.vectors && first_feature % kVector<T> == 0;
-    for (int64_t row = range.tile * Sizes::kBatch; row < a.x.batch;
-         row += a.splits * Sizes::kBatch) {
-      Left::template stage<Sizes::kHeld>(dy, row, first_feature, held);
+    dy.vectors = dy.vectors && feature % kVector<T> == 0;
+    for (int64_t row = split * Sizes::kBatch; row < a.x.batch; row += a.splits * Sizes::kBatch) {
+      Left::template stage<Sizes::kHeld>(dy, row, feature, held);
       __syncthreads();
       Group group = whole;
       for (;;) {
-        unsigned feature = next_feature(lines, group);
-        const unsigned least = block_min(feature, nexts);
-        if (least == kNone) break;
-        const unsigned chunk = least / Sizes::kChunk * Sizes::kChunk;
+        const unsigned next = block_min(next_feature(a.lines, group), nexts);
+        if (next == kNone) break;
+        const unsigned chunk = next / Sizes::kChunk * Sizes::kChunk;
         Left::template stage<Sizes::kChunk>(a.x, row, static_cast<int>(chunk), tile);
         __syncthreads();
-        for (;;) {
-          const unsigned pending = __ballot_sync(kAll, feature - chunk < Sizes::kChunk);
-          if (pending == 0) break;
-          for (unsigned rest = pending; rest != 0; rest &= rest - 1) {
-            const int r = __ffs(static_cast<int>(rest)) - 1;
-            const int line = __shfl_sync(kAll, group.line, r), j = __shfl_sync(kAll, group.j, r);
-            const int block = __shfl_sync(kAll, group.block, r);
-            const int next = __shfl_sync(kAll, group.next, r);
-            const int end = __shfl_sync(kAll, group.end, r);
-            bool here = next + lane < end;
-            if (here) {
-              const Element e = element(lines, block, next + lane);
-              here = e.feature - chunk < Sizes::kChunk;
-              if (here) keys[lane] = Left::key(static_cast<int>(e.feature - chunk));
-            }
-            const int found = __popc(__ballot_sync(kAll, here));
-            __syncwarp();
-            Run<C, 2> left[kGroup];
-#pragma unroll
-            for (int t = 0; t < kGroup; ++t)
-              left[t] = Left::rows_of_lane(held, Left::key((line - first) * lines.width + j + t));
-            for (int e = 0; e < found; e += kAtOnce) {
-              C products[32];
-#pragma unroll
-              for (int i = 0; i < kAtOnce; ++i) {
-                Run<C, 2> right = {};
-                if (e + i < found) right = Left::rows_of_lane(tile, keys[e + i]);
-#pragma unroll
-                for (int t = 0; t < kGroup; ++t)
-                  products[i * kGroup + t] =
-                      left[t].at[0] * right.at[0] + left[t].at[1] * right.at[1];
-              }
-              const C sum = sum_over_lanes(products);
-              const int i = e + lane / kGroup, t = j + lane % kGroup;
-              if (i < found && t < a.rows && line * a.rows + t < a.dy.features) {
-                const int64_t p = block + (next + i) / a.cols;
-                sums[(p * a.rows + t) * a.cols + (next + i) % a.cols] += sum;
-              }
-            }
-            __syncwarp();
-            if (lane == r) group.next += found;
-          }
-          feature = next_feature(lines, group);
-        }
+        sample_chunk<T, kGroup>(a, chunk, first, tile, held, keys + warp * 32, sums, group);
       }
     }
   }
@@ -321,4 +327,4 @@ int run_sdd(const Problem& p, void* workspace, void* stream) {
 }
 
 }  // namespace
-}  // namespace secateur::block_sparse::CUDA
+}  // namespace secateur::block_sparse::CUDA::simt

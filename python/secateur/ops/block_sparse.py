@@ -426,7 +426,7 @@ def block_sparse_linear_backward_reference(
     )
 
 
-# (batch, out_features, in_features, rows, cols, density)
+# (batch, out_features, in_features, rows, cols, density); None: of the i-th row of blocks 2 / i
 _CASES = (
     (3, 4, 5, 1, 1, 0.5),
     (2, 7, 5, 3, 5, 0.7),
@@ -453,6 +453,10 @@ _CASES = (
     (1090, 33, 20, 16, 16, 0.5),
     (1025, 9, 33, 8, 8, 0.7),
     (1024, 20, 9, 1, 1, 0.4),
+    (5, 300, 40, 160, 8, 0.7),
+    (37, 40, 25, 6, 3, 0.5),
+    (70, 300, 90, 1, 1, None),
+    (40, 200, 150, 8, 8, None),
 )
 
 
@@ -466,9 +470,11 @@ def _problems(
 
     for m, n, k, rows, cols, density in _CASES:
         grid = (-(-n // rows), -(-k // cols))
-        pattern = Pattern.from_mask(torch.rand(grid, generator=generator, device=device) < density)
+        likely = 2 / torch.arange(1, grid[0] + 1, device=device) if density is None else density
+        chance = torch.rand(grid, generator=generator, device=device)
+        pattern = Pattern.from_mask((chance.t() < likely).t())
         values = randn(pattern.col.numel(), rows, cols)
-        name = f"{m}x{n}x{k} in {rows}x{cols}"
+        name = f"{m}x{n}x{k} in {rows}x{cols}" + (", skewed" if density is None else "")
         yield name, randn(m, k), values, randn(m, n), pattern.tensors(), (n, k, rows, cols)
         if (m, rows) in ((19, 16), (65, 1)):  # strided
             yield (
@@ -479,11 +485,20 @@ def _problems(
                 pattern.tensors(),
                 (n, k, rows, cols),
             )
+        if (m, rows) in ((70, 8), (150, 32), (70, 1)):  # rows that no vector load could take
+            yield (
+                f"{name}, offset",
+                randn(m, k + 3)[:, 3:],
+                randn(values.numel() + 1)[1:].view_as(values),
+                randn(m, n + 3)[:, 1 : n + 1],
+                pattern.tensors(),
+                (n, k, rows, cols),
+            )
         # What is stored beyond the edge must not matter.
         if (m, rows) in ((7, 16), (130, 3), (150, 32)):
             bad = values.clone()
-            bad[pattern.row_of == grid[0] - 1, n - (grid[0] - 1) * rows :] = torch.finfo(dtype).max
-            bad[pattern.col == grid[1] - 1, :, k - (grid[1] - 1) * cols :] = torch.finfo(dtype).max
+            bad[pattern.row_of == grid[0] - 1, n - (grid[0] - 1) * rows :] = torch.inf
+            bad[pattern.col == grid[1] - 1, :, k - (grid[1] - 1) * cols :] = torch.inf
             yield (
                 f"{name}, garbage",
                 randn(m, k),
