@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_emulator.build import Accumulation, Arrival, Flavour
-from cuda_emulator.ops import EmulatedOps, emulated_ops
+from cuda_emulator.build import Accumulation, Arrival
+from cuda_emulator.ops import EmulatedOps
 from test_ops import CPU, check_close
 from torch import Tensor
 
@@ -206,18 +206,17 @@ def has_tiles(sample: Sample) -> bool:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("spec", block_sparse.SPECS, ids=lambda spec: spec.name)
 def test_samples_in_other_ways_to_add_up(
-    spec: OpSpec, dtype: torch.dtype, accumulation: Accumulation
+    plain: EmulatedOps, spec: OpSpec, dtype: torch.dtype, accumulation: Accumulation
 ) -> None:
-    ops = emulated_ops(Flavour.PLAIN)
-    ops.emulator.set_accumulation(accumulation)
-    ops.emulator.set_arrival(Arrival.EAGER)
+    plain.emulator.set_accumulation(accumulation)
+    plain.emulator.set_arrival(Arrival.EAGER)
     samples = list(filter(has_tiles, spec.samples(dtype, CPU)))
     assert len(samples) > 10
     try:
         for seed, sample in enumerate(samples):
-            ops.emulator.set_seed(seed % 4)
-            got, want = ops.call(spec.name, *sample.args), spec.reference(*sample.args)
+            plain.emulator.set_seed(seed % 4)
+            got, want = plain.call(spec.name, *sample.args), spec.reference(*sample.args)
             check_close(got, want, spec.exact, sample.name)
     finally:
-        ops.emulator.set_accumulation(Accumulation.EXACT)
-        ops.emulator.set_arrival(Arrival.LATE)
+        plain.emulator.set_accumulation(Accumulation.EXACT)
+        plain.emulator.set_arrival(Arrival.LATE)
