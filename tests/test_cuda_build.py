@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import os
 import re
 import shutil
@@ -51,7 +52,7 @@ def readable(symbol: str) -> str:
     name = run("c++filt", symbol).strip()
     name = re.sub(r"\(anonymous namespace\)::|secateur::|CUDA::|^void ", "", name)
     name = re.sub(r"\((\w+)\)(\d+)", r"\1 \2", name).partition("(")[0]  # enumerators are casts
-    return re.sub(r"(?<=<)\w+::", "", name)
+    return re.sub(r"(?<=[<\s])(?:\w+::)+", "", name)
 
 
 def sections(text: str, heading: str) -> dict[str, dict[str, str]]:
@@ -142,6 +143,28 @@ def test_contiguous_memory_moves_by_16_bytes(
             assert matching, (arch, prefix)
             for name, kernel in matching.items():
                 assert re.search(rf"\b{instruction}\.E\.(\w+\.)*128\b", kernel.sass), (arch, name)
+
+
+def test_tensor_cores_multiply_what_asynchronous_copies_bring(
+    kernels: dict[str, dict[str, Kernel]],
+) -> None:
+    prefix = "block_sparse::tensor_cores::multiply_kernel"
+    multiplies = {"BFloat16": r"HMMA\.16816\.F32\.BF16 ", "Half": r"HMMA\.16816\.F32 "}
+    loads = {
+        "Forward": (r"LDSM\.16\.M88",),
+        "InputGradient": (r"LDSM\.16\.M88", r"LDSM\.16\.MT88"),
+        "WeightGradient": (r"LDSM\.16\.MT88",),
+    }
+    for arch in ARCHITECTURES:
+        for dtype, product, width in itertools.product(multiplies, loads, (8, 16, 32, 64, 128)):
+            kernel = kernels[arch][f"{prefix}<{dtype}, {product}, {width}>"]
+            copies = (r"LDGSTS\.E\.BYPASS\.128", r"STG\.E\.128")
+            for instruction in (multiplies[dtype], *loads[product], *copies):
+                assert re.search(instruction, kernel.sass), (arch, dtype, product, width)
+            # Registers for as many thread blocks as the shared memory of an A100 has rings for;
+            # a thread is given registers by eights.
+            rings = (160 << 10) // (4 * (128 + width) * 32 * 2)
+            assert rings * 128 * -(-kernel.registers // 8) * 8 <= 1 << 16, (arch, product, width)
 
 
 def test_the_table_of_resources_is_what_the_library_says(

@@ -14,9 +14,11 @@ import pytest
 import torch
 from cuda_emulator.build import Accumulation, Arrival
 from cuda_emulator.ops import EmulatedOps
+from test_ops import CPU, check_close
 from torch import Tensor
 
 from secateur.ops import block_sparse
+from secateur.ops._spec import OpSpec, Sample
 from secateur.ops.block_sparse import Pattern
 
 FORWARD = "block_sparse_linear"
@@ -191,3 +193,30 @@ def test_products_are_as_many_as_the_tiles_need(emulated: EmulatedOps) -> None:
         before = emulated.emulator.counters().products
         case.run(emulated, product)
         assert emulated.emulator.counters().products - before == expected, product
+
+
+def has_tiles(sample: Sample) -> bool:
+    blocks = (a.shape[1:] for a in sample.args if isinstance(a, Tensor) and a.dim() == 3)
+    return set(next(blocks, sample.args[-2:])) <= set(WIDTHS)
+
+
+# In numbers that round: what tensor cores may make of them is as close as the table of tests says.
+@pytest.mark.slow_cuda
+@pytest.mark.parametrize("accumulation", [Accumulation.SEQUENTIAL, Accumulation.TRUNCATING])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spec", block_sparse.SPECS, ids=lambda spec: spec.name)
+def test_samples_in_other_ways_to_add_up(
+    plain: EmulatedOps, spec: OpSpec, dtype: torch.dtype, accumulation: Accumulation
+) -> None:
+    plain.emulator.set_accumulation(accumulation)
+    plain.emulator.set_arrival(Arrival.EAGER)
+    samples = list(filter(has_tiles, spec.samples(dtype, CPU)))
+    assert len(samples) > 10
+    try:
+        for seed, sample in enumerate(samples):
+            plain.emulator.set_seed(seed % 4)
+            got, want = plain.call(spec.name, *sample.args), spec.reference(*sample.args)
+            check_close(got, want, spec.exact, sample.name)
+    finally:
+        plain.emulator.set_accumulation(Accumulation.EXACT)
+        plain.emulator.set_arrival(Arrival.LATE)

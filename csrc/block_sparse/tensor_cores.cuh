@@ -182,9 +182,9 @@ __device__ Part part_of(const Work& w, int number) {
 
 // ---------------------------------------------------------------- products
 
-// How many bytes of a chunk are within a matrix of which `left` elements follow.
-__device__ int bytes_within(int left) {
-  return left >= kChunk ? kLoadBytes : left > 0 ? 2 * left : 0;
+// How many bytes of a chunk are within a matrix of which `rest` elements follow.
+__device__ int bytes_within(int rest) {
+  return rest >= kChunk ? kLoadBytes : rest > 0 ? 2 * rest : 0;
 }
 
 // Walks along a strip, a stage at a time; reads the pattern one stage ahead.
@@ -207,7 +207,7 @@ struct Walk {
 
   __device__ int feature(const Work& w) const { return index * w.inner + offset; }
   // How many features of the matrix follow, its own included; 0 beyond the piece.
-  __device__ int left(const Work& w) const {
+  __device__ int rest(const Work& w) const {
     return block < end ? w.strip_features - feature(w) : 0;
   }
 
@@ -245,7 +245,7 @@ class Gathered {
   static constexpr int kStep = kThreads / kChunks;
 
   __device__ void fetch_left(T* to) {
-    const int bytes = bytes_within(walk_.left(w_));
+    const int bytes = bytes_within(walk_.rest(w_));
     const T* const from = from_ + walk_.feature(w_);
 #pragma unroll
     for (int i = 0; i < kRows; i += kStep)
@@ -270,7 +270,7 @@ class Forward : public Gathered<T> {
       : Gathered<T>(w, piece, part), features_(w.line_features - piece.line * N) {}
 
   __device__ void fetch(T* left, T* right) {
-    const int bytes = bytes_within(walk_.left(w_));
+    const int bytes = bytes_within(walk_.rest(w_));
     const T* const from = static_cast<const T*>(w_.values) +
                           (int64_t{walk_.position} * N + row_) * w_.inner + walk_.offset;
     if (N >= kStep || row_ < N)
@@ -302,7 +302,7 @@ class InputGradient : public Gathered<T> {
   __device__ void fetch(T* left, T* right) {
     this->fetch_left(left);
     if (N < 32 && depth_ >= kDepth) return;
-    const bool inside = walk_.left(w_) > 0;
+    const bool inside = walk_.rest(w_) > 0;
     const T* const from =
         static_cast<const T*>(w_.values) + (int64_t{walk_.position} * w_.inner + walk_.offset) * N;
 #pragma unroll
@@ -333,9 +333,9 @@ class WeightGradient {
   static constexpr bool kSumsBatch = true;
 
   __device__ WeightGradient(const Work& w, const Piece& piece, const Part& part)
-      : w_(w), rows_(part.rows), left_rows_(part.rows) {
+      : w_(w), rows_(part.rows), rest_(part.rows) {
     const Walk walk(w, piece, at<kRows>());
-    gathered_bytes_ = bytes_within(walk.left(w));
+    gathered_bytes_ = bytes_within(walk.rest(w));
     gathered_ = static_cast<const T*>(w.gathered) +
                 (part.row + depth<kRows>()) * w.gathered_stride + walk.feature(w);
     const int feature = piece.line * N + at<N>();
@@ -348,7 +348,7 @@ class WeightGradient {
   __device__ void fetch(T* left, T* right) {
     fetch<Left, kRows>(left, gathered_, w_.gathered_stride, gathered_bytes_);
     fetch<Right, N>(right, dense_, w_.dense_stride, dense_bytes_);
-    left_rows_ -= kDepth;
+    rest_ -= kDepth;
   }
 
  private:
@@ -369,13 +369,13 @@ class WeightGradient {
 #pragma unroll
       for (int i = 0; i < kDepth; i += kStep)
         copy_async(to + O::offset(at<kLength>(), first + i), from + i * stride,
-                   first + i < left_rows_ ? bytes : 0);
+                   first + i < rest_ ? bytes : 0);
     from += kDepth * stride;
   }
 
   const Work& w_;
   const int rows_;
-  int left_rows_;
+  int rest_;  // of the rows
   const T *gathered_, *dense_;
   int gathered_bytes_, dense_bytes_;
 };
@@ -392,12 +392,12 @@ __device__ void write(const Work& w, const Piece& piece, const Part& part, int r
     const int block = piece.begin + col / w.inner, offset = col % w.inner;
     if (block >= piece.end) return;
     to += (int64_t{block} * w.width + row) * w.inner + offset;
-    const int left = piece.line * w.width + row < w.line_features
+    const int rest = piece.line * w.width + row < w.line_features
                          ? w.strip_features - (w.index[block] * w.inner + offset)
                          : 0;
 #pragma unroll
     for (int i = 0; i < kChunk; ++i)
-      if (i >= left) v[i] = 0;  // beyond the edge, whatever the other factor is
+      if (i >= rest) v[i] = 0;  // beyond the edge, whatever the other factor is
   } else {
     const int feature = piece.line * w.width + col;
     count = w.line_features - feature;
