@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_emulator.build import Flavour, library
+from cuda_emulator.build import Flavour, library, nvcc
 from cuda_emulator.ops import KERNELS, SPECS, EmulatedOps, emulated_ops
 from test_ops import CPU, check_close
 from torch import Tensor
@@ -69,7 +69,10 @@ def test_samples_reach_every_line_of_the_kernels() -> None:
         assert len(missed) <= 0.05 * count, (kernels.parent.name, missed)
 
 
-def test_a_fault_in_a_kernel_is_an_error_that_names_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flavour", [Flavour.CHECKED, Flavour.PTX])
+def test_a_fault_in_a_kernel_is_an_error_that_names_it(flavour: Flavour, tmp_path: Path) -> None:
+    if flavour is Flavour.PTX and nvcc() is None:
+        pytest.skip("needs nvcc, which makes the PTX")
     original = next(path for path in KERNELS if path.parent.name == "mask")
     text = original.read_text("utf-8")
     guarded = "if (i + 8 < numel) bits[i / 8 + 1]"
@@ -77,7 +80,7 @@ def test_a_fault_in_a_kernel_is_an_error_that_names_it(tmp_path: Path) -> None:
     faulty = tmp_path / "faulty.cu"
     faulty.write_text(text.replace(guarded, "bits[i / 8 + 1]"))
     glue = original.with_name("op_cuda.cpp")
-    ops = EmulatedOps("secateur_faulty", [faulty], [glue], flavour=Flavour.CHECKED)
+    ops = EmulatedOps(f"secateur_faulty_{flavour.value}", [faulty], [glue], flavour=flavour)
     with pytest.raises(RuntimeError, match=r"out of bounds write .* at faulty.cu:\d+: byte 1 of"):
         ops.call("pack_mask", torch.ones(5, dtype=torch.bool))
     ops.call("pack_mask", torch.ones(9, dtype=torch.bool))
