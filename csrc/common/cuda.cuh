@@ -13,3 +13,18 @@
   extern __shared__ __align__(128) unsigned char secateur_dynamic_shared[]; \
   T* const name = reinterpret_cast<T*>(secateur_dynamic_shared)
 #endif
+
+namespace secateur {
+namespace {
+
+// `p`, of which nvcc cannot see that it is global memory where the address was itself loaded.
+template <typename T>
+__device__ inline T* global(T* p) {
+#if defined(__CUDACC__)
+  __builtin_assume(__isGlobal(p));
+#endif
+  return p;
+}
+
+}  // namespace
+}  // namespace secateur

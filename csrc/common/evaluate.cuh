@@ -41,7 +41,8 @@ struct Packed {
 
   __device__ void load(const View& t, int64_t index) {
     if (!t.data) return;
-    const uint4* const from = reinterpret_cast<const uint4*>(static_cast<const S*>(t.data) + index);
+    const S* const data = global(static_cast<const S*>(t.data));
+    const uint4* const from = reinterpret_cast<const uint4*>(data + index);
 #pragma unroll
     for (int v = 0; v < N / kPerVector; ++v) vectors[v] = from[v];
   }
@@ -87,9 +88,11 @@ __device__ Operands<Compute<S>, N> load_first(const ScoreInputs& in, int64_t ind
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     if (i >= count) break;
-    if (in.weight.data) x.weight[i] = widen(static_cast<const S*>(in.weight.data)[index + i]);
-    if (in.grad.data) x.grad[i] = widen(static_cast<const S*>(in.grad.data)[index + i]);
-    if (in.state.data) x.state[i] = static_cast<const Compute<S>*>(in.state.data)[index + i];
+    if (in.weight.data)
+      x.weight[i] = widen(global(static_cast<const S*>(in.weight.data))[index + i]);
+    if (in.grad.data) x.grad[i] = widen(global(static_cast<const S*>(in.grad.data))[index + i]);
+    if (in.state.data)
+      x.state[i] = global(static_cast<const Compute<S>*>(in.state.data))[index + i];
   }
   return x;
 }
@@ -98,7 +101,7 @@ __device__ Operands<Compute<S>, N> load_first(const ScoreInputs& in, int64_t ind
 template <typename S>
 __device__ S* element_of(const View& t, int64_t index) {
   const int64_t offset = t.ndim == 1 ? index * t.stride[0] : locate(t, index).offset;
-  return static_cast<S*>(t.data) + offset;
+  return global(static_cast<S*>(t.data)) + offset;
 }
 
 // Element `index` of inputs of any layout.
