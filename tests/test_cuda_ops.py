@@ -111,8 +111,15 @@ def other_dtype(a: Any) -> Any:
 
 
 def twice_as_long(a: Any) -> Any:
-    """Never shorter: where that is not wrong, nothing reads beyond it."""
     return torch.cat([a, a]) if isinstance(a, Tensor) and a.dim() else None
+
+
+def empty(a: Any) -> Any:
+    return a.new_empty(0) if isinstance(a, Tensor) else None
+
+
+def one_dimension_more(a: Any) -> Any:
+    return a.unsqueeze(0) if isinstance(a, Tensor) else None
 
 
 def one_more(a: Any) -> Any:
@@ -130,7 +137,9 @@ def some_args(spec: OpSpec) -> list[tuple[Any, ...]]:
     return samples[4 % len(samples) :: max(1, len(samples) // 4)]
 
 
-@pytest.mark.parametrize("spoil", [other_dtype, twice_as_long, one_more, other_word])
+@pytest.mark.parametrize(
+    "spoil", [other_dtype, twice_as_long, empty, one_dimension_more, one_more, other_word]
+)
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_arguments_are_refused_in_the_words_of_the_cpu(
     spec: OpSpec, spoil: Callable[[Any], Any], plain: EmulatedOps
