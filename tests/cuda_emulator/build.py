@@ -77,7 +77,7 @@ NVCC = (
     "-lineinfo",
     "--expt-relaxed-constexpr",
     "--disable-warnings",
-    *(f"-I{path}" for path in INCLUDES),
+    f"-I{ROOT / 'csrc'}",
 )
 
 
@@ -137,13 +137,13 @@ def compiler() -> list[str]:
 
 
 @functools.cache
-def everything_included() -> str:
+def everything_included(compiler: str, *folders: Path) -> str:
     """A digest of what an object depends on beside its own source: headers and compiler."""
-    version = subprocess.run([*compiler(), "--version"], check=True, capture_output=True).stdout
-    digest = hashlib.sha256(version)
-    headers = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh")]
-    for path in sorted(headers) + sorted(HERE.glob("*.h")):
-        digest.update(path.name.encode() + path.read_bytes())
+    command = [*shlex.split(compiler), "--version"]
+    digest = hashlib.sha256(subprocess.run(command, check=True, capture_output=True).stdout)
+    for path in sorted(path for folder in folders for path in folder.rglob("*")):
+        if path.suffix in (".h", ".cuh"):
+            digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
 
@@ -184,7 +184,8 @@ def made(key: str, suffix: str, make: Callable[[Path], None]) -> Path:
 
 
 def compiled(unit: Unit) -> Path:
-    key = f"{everything_included()} {unit} {unit.source.read_text('utf-8')}"
+    included = everything_included(shlex.join(compiler()), *INCLUDES)
+    key = f"{included} {unit} {unit.source.read_text('utf-8')}"
     command = [*compiler(), *unit.flags, "-x", "c++", "-c", str(unit.source), "-o"]
     return made(key, ".o", lambda out: run([*command, str(out)], f"compiling {unit.source.name}"))
 
@@ -194,22 +195,18 @@ def nvcc() -> str | None:
     return shutil.which("nvcc")
 
 
-@functools.cache
-def nvcc_version() -> str:
-    command = [str(nvcc()), "--version"]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
 def ptx_of(source: Path, arch: str = "compute_80", flags: Sequence[str] = ()) -> Path:
     """What nvcc makes of a .cu file.
 
     Raises:
         RuntimeError: there is no nvcc, or it refuses; with its message.
     """
-    if nvcc() is None:
+    compiler = nvcc()
+    if compiler is None:
         raise RuntimeError(f"compiling {source.name} to PTX: expected nvcc, found none")
-    command = [str(nvcc()), *NVCC, f"-arch={arch}", *flags, str(source), "-o"]
-    key = f"{everything_included()} {nvcc_version()} {command} {source.read_text('utf-8')}"
+    command = [compiler, *NVCC, f"-arch={arch}", *flags, str(source), "-o"]
+    included = everything_included(shlex.quote(compiler), ROOT / "csrc")
+    key = f"{included} {command} {source.read_text('utf-8')}"
     return made(key, ".ptx", lambda out: run([*command, str(out)], f"nvcc -ptx {source.name}"))
 
 
@@ -256,7 +253,7 @@ def library(
         kernels: .cu files.
         glue: C++ files that launch them, written against torch's stable ABI.
         flavour: who compiles the kernels.
-        flags: further flags of the C++ compiler, for all these files.
+        flags: further flags of the C++ compiler, for the glue.
         fused: those of the .cu files in which nvcc may fuse a multiplication and an addition.
 
     Returns:
@@ -285,7 +282,7 @@ def library(
     kernel_flags = INSTRUMENTED if flavour is Flavour.CHECKED else (PLAIN,)
 
     def of_kernels(path: Path) -> list[Path]:
-        unit = Unit(path, (*FLAGS, *kernel_flags, *flags))
+        unit = Unit(path, (*FLAGS, *kernel_flags))
         if flavour is not Flavour.PTX:
             return [compiled(unit)]
         return translated(path, unit, () if path in fused else ("-fmad=false",))

@@ -44,7 +44,7 @@ struct Launch {
 // Throws std::runtime_error with the first thing that went wrong.
 void run(Launch launch);
 
-// Launches of a kernel run other code than its own from now on: what nvcc made of it (ptx.py).
+// Launches of a kernel run other code than its own from now on: what nvcc made of it (ptx/).
 // Where one kernel of a library has such code, all must.
 void replace(const void* kernel, const Code& code);
 

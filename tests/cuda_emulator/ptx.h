@@ -1,5 +1,5 @@
 #pragma once
-// What C++ that ptx.py made of PTX is written in: the types, the memory and the instructions of
+// What C++ that ptx/ made of PTX is written in: the types, the memory and the instructions of
 // PTX, as the PTX ISA defines them. Registers are unsigned integers of their width, predicates are
 // bool.
 #include <algorithm>
