@@ -101,14 +101,23 @@ __device__ S* element_of(const View& t, int64_t index) {
   return static_cast<S*>(t.data) + offset;
 }
 
-// Element `index` of inputs of any layout.
-template <typename S>
-__device__ Operands<Compute<S>, 1> load_one(const ScoreInputs& in, int64_t index) {
-  Operands<Compute<S>, 1> x = {};
-  if (in.weight.data) x.weight[0] = widen(*element_of<const S>(in.weight, index));
-  if (in.grad.data) x.grad[0] = widen(*element_of<const S>(in.grad, index));
-  if (in.state.data) x.state[0] = *element_of<const Compute<S>>(in.state, index);
-  return x;
+// Element `index` in the compute type T, any layout and dtype; zero where there is no input.
+template <typename T>
+__device__ T load_element(const View& t, int64_t index) {
+  if (!t.data) return T(0);
+  if constexpr (sizeof(T) == 8) return *element_of<const double>(t, index);
+  if (t.dtype == Dtype::BFloat16) return widen(*element_of<const BFloat16>(t, index));
+  if (t.dtype == Dtype::Half) return widen(*element_of<const Half>(t, index));
+  return *element_of<const float>(t, index);
+}
+
+// What the score of element `index` is made of, any layout and dtypes.
+template <typename T>
+__device__ Operands<Compute<T>, 1> load_one(const ScoreInputs& in, int64_t index) {
+  using C = Compute<T>;
+  return {{load_element<C>(in.weight, index)},
+          {load_element<C>(in.grad, index)},
+          {load_element<C>(in.state, index)}};
 }
 
 // The scores of elements index..index + N; Mode::Update leaves the new state in x.state.
@@ -121,16 +130,20 @@ __device__ void scores(const ScoreInputs& in, Operands<T, N>& x, int64_t index, 
   });
 }
 
-// Stores N elements at an aligned address.
+// Stores one element, or N at an address that is aligned to vectors.
 template <typename T, int N>
-__device__ void store_vectors(T* to, const T (&x)[N]) {
-  constexpr int per_vector = kLoadBytes / sizeof(T);
-  static_assert(N % per_vector == 0);
+__device__ void store(T* to, const T (&x)[N]) {
+  if constexpr (N == 1) {
+    *to = x[0];
+  } else {
+    constexpr int per_vector = kLoadBytes / sizeof(T);
+    static_assert(N % per_vector == 0);
 #pragma unroll
-  for (int v = 0; v < N / per_vector; ++v) {
-    uint4 vector;
-    __builtin_memcpy(&vector, x + v * per_vector, sizeof(vector));
-    reinterpret_cast<uint4*>(to)[v] = vector;
+    for (int v = 0; v < N / per_vector; ++v) {
+      uint4 vector;
+      __builtin_memcpy(&vector, x + v * per_vector, sizeof(vector));
+      reinterpret_cast<uint4*>(to)[v] = vector;
+    }
   }
 }
 

@@ -136,7 +136,8 @@ SECATEUR_HD V score(V w, V g, V& state, const ScoreParams& p, int64_t index) {
 // A block is reduced by one tree on every device: down each column in row order, then lane j of
 // kReduceLanes takes columns j, j + kReduceLanes, ... in order, then the lanes are halved. What a
 // column or a lane starts from is identity().
-constexpr int kReduceLanes = 16;
+constexpr int kLogReduceLanes = 4;
+constexpr int kReduceLanes = 1 << kLogReduceLanes;
 
 template <typename T>
 SECATEUR_HD T identity(Reduce reduce) {
@@ -197,6 +198,34 @@ SECATEUR_HD void for_formula(Formula formula, Fn&& f) {
       return f.template operator()<Formula::Movement>();
     case Formula::Random:
       return f.template operator()<Formula::Random>();
+  }
+}
+
+// The same for the mode.
+template <typename Fn>
+SECATEUR_HD void for_mode(Mode mode, Fn&& f) {
+  switch (mode) {
+    case Mode::Observe:
+      return f.template operator()<Mode::Observe>();
+    case Mode::State:
+      return f.template operator()<Mode::State>();
+    case Mode::Update:
+      return f.template operator()<Mode::Update>();
+  }
+}
+
+// The same for the reduction.
+template <typename Fn>
+SECATEUR_HD void for_reduce(Reduce reduce, Fn&& f) {
+  switch (reduce) {
+    case Reduce::Sum:
+      return f.template operator()<Reduce::Sum>();
+    case Reduce::Mean:
+      return f.template operator()<Reduce::Mean>();
+    case Reduce::Max:
+      return f.template operator()<Reduce::Max>();
+    case Reduce::L2:
+      return f.template operator()<Reduce::L2>();
   }
 }
 

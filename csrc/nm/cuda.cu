@@ -118,10 +118,9 @@ struct Groups {
   }
 };
 
-template <typename S>
+template <typename T>
 __global__ void __launch_bounds__(kThreads)
     padded_kernel(const __grid_constant__ Args a, uint32_t* bad) {
-  using T = Compute<S>;
   SECATEUR_SHARED(Int<T>, shared, kTile + 2 * kMaxGroup);
   Int<T>* const keys = shared + kMaxGroup;  // of the tile's elements, and of some on either side
   const int lane = threadIdx.x % 32;
@@ -132,7 +131,7 @@ __global__ void __launch_bounds__(kThreads)
     const Groups groups(a, first);
     const int begin = groups.of(0).begin, end = groups.of(count - 1).end;
     for (int i = begin + static_cast<int>(threadIdx.x); i < end; i += kThreads) {
-      Operands<T, 1> operands = load_one<S>(a.inputs, first + i);
+      Operands<T, 1> operands = load_one<T>(a.inputs, first + i);
       T x[1];
       scores(a, operands, first + i, x);
       keys[i] = key_of(x[0], a.largest, found);
@@ -166,7 +165,7 @@ void run_typed(const Args& a, uint32_t* bad, void* stream) {
   if (vectors)
     SECATEUR_LAUNCH(aligned_kernel<S>, blocks, kThreads, 0, stream, a, bad);
   else
-    SECATEUR_LAUNCH(padded_kernel<S>, blocks, kThreads, 0, stream, a, bad);
+    SECATEUR_LAUNCH(padded_kernel<Compute<S>>, blocks, kThreads, 0, stream, a, bad);
 }
 
 }  // namespace
