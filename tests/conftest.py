@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from cuda_emulator.build import Flavour, nvcc
+from cuda_emulator.ops import EmulatedOps
 
 from secateur import _C
 
@@ -38,3 +40,31 @@ def place(request: pytest.FixtureRequest, restore: None) -> torch.device:
         return torch.device("cuda")
     _C.set_isa(request.param)
     return torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def plain() -> EmulatedOps:
+    return EmulatedOps("secateur_emulated", flavour=Flavour.PLAIN)
+
+
+@pytest.fixture(scope="session")
+def checked() -> EmulatedOps:
+    return EmulatedOps("secateur_checked", flavour=Flavour.CHECKED)
+
+
+@pytest.fixture(scope="session")
+def ptx() -> EmulatedOps:
+    if nvcc() is None:
+        pytest.skip("needs nvcc, which makes the PTX")
+    return EmulatedOps("secateur_ptx", flavour=Flavour.PTX)
+
+
+SLOW = pytest.mark.slow_cuda
+
+
+@pytest.fixture(
+    params=["plain", pytest.param("checked", marks=SLOW), pytest.param("ptx", marks=SLOW)]
+)
+def emulated(request: pytest.FixtureRequest) -> EmulatedOps:
+    ops: EmulatedOps = request.getfixturevalue(request.param)
+    return ops

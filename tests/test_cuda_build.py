@@ -49,6 +49,7 @@ def readable(symbol: str) -> str:
     """``mask::apply_kernel<Flat>`` for what the linker calls it."""
     name = run("c++filt", symbol).strip()
     name = re.sub(r"\(anonymous namespace\)::|secateur::|CUDA::|^void ", "", name)
+    name = re.sub(r"\((\w+)\)(?=\d)", r"\1 ", name)  # an enumerator: Mode 2
     name = name.partition("(")[0]
     return re.sub(r"(?<=<)\w+::", "", name)
 
@@ -127,8 +128,18 @@ def test_kernels_neither_spill_nor_use_local_memory(kernels: dict[str, dict[str,
 @pytest.mark.parametrize(
     ("instruction", "prefixes"),
     [
-        ("LDG", ("mask::apply_kernel<Flat>", "mask::pack_kernel", "nm::aligned_kernel")),
-        ("STG", ("mask::apply_kernel<Flat>", "mask::unpack_kernel")),
+        (
+            "LDG",
+            (
+                "mask::apply_kernel<Flat>",
+                "mask::pack_kernel",
+                "nm::aligned_kernel",
+                "score::elements_kernel",
+                "score::blocks_kernel<Vectors",
+                "score::rows_kernel<Vectors",
+            ),
+        ),
+        ("STG", ("mask::apply_kernel<Flat>", "mask::unpack_kernel", "score::elements_kernel")),
     ],
 )
 def test_contiguous_memory_moves_by_16_bytes(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_emulator.build import Flavour, nvcc
+from cuda_emulator.build import Flavour
 from cuda_emulator.ops import KERNELS, SPECS, EmulatedOps
 from test_ops import CPU, check_close
 
@@ -19,34 +19,6 @@ CASES = [
     for spec in SPECS
     for dtype in spec.dtypes
 ]
-
-
-@pytest.fixture(scope="module")
-def plain() -> EmulatedOps:
-    return EmulatedOps("secateur_emulated", flavour=Flavour.PLAIN)
-
-
-@pytest.fixture(scope="module")
-def checked() -> EmulatedOps:
-    return EmulatedOps("secateur_checked", flavour=Flavour.CHECKED)
-
-
-@pytest.fixture(scope="module")
-def ptx() -> EmulatedOps:
-    if nvcc() is None:
-        pytest.skip("needs nvcc, which makes the PTX")
-    return EmulatedOps("secateur_ptx", flavour=Flavour.PTX)
-
-
-SLOW = pytest.mark.slow_cuda
-
-
-@pytest.fixture(
-    params=["plain", pytest.param("checked", marks=SLOW), pytest.param("ptx", marks=SLOW)]
-)
-def emulated(request: pytest.FixtureRequest) -> EmulatedOps:
-    ops: EmulatedOps = request.getfixturevalue(request.param)
-    return ops
 
 
 @functools.cache

@@ -119,18 +119,27 @@ SECATEUR_HD V finish(V x, V w) {
     return x;
 }
 
+// x from a state, by Mode::State.
+template <typename V>
+SECATEUR_HD V recall(V state, const ScoreParams& p) {
+  return state / static_cast<Scalar<V>>(p.normalizer);
+}
+
+// The new state, and x, by Mode::Update, from what is measured now.
+template <typename V>
+SECATEUR_HD V average(V state, V observed, const ScoreParams& p) {
+  using T = Scalar<V>;
+  return state * static_cast<T>(p.decay) + observed * static_cast<T>(p.gain);
+}
+
 // One element of a score; `state` is read and written as `M` says.
 template <Formula F, Mode M, typename V>
 SECATEUR_HD V score(V w, V g, V& state, const ScoreParams& p, int64_t index) {
-  using T = Scalar<V>;
-  if constexpr (M == Mode::Observe) {
-    return finish<F>(observe<F>(w, g, p, index), w);
-  } else if constexpr (M == Mode::State) {
-    return finish<F>(state / static_cast<T>(p.normalizer), w);
-  } else {
-    state = state * static_cast<T>(p.decay) + observe<F>(w, g, p, index) * static_cast<T>(p.gain);
-    return finish<F>(state, w);
-  }
+  if constexpr (M == Mode::State) return finish<F>(recall(state, p), w);
+  const V x = observe<F>(w, g, p, index);
+  if constexpr (M == Mode::Observe) return finish<F>(x, w);
+  state = average(state, x, p);
+  return finish<F>(state, w);
 }
 
 // A block is reduced by one tree on every device: down each column in row order, then lane j of

@@ -30,12 +30,6 @@ __device__ Int<T> key_of(T score, bool largest, bool& bad) {
   return largest ? key : ~key;
 }
 
-template <typename T, int N>
-__device__ void scores(const Args& a, Operands<T, N>& x, int64_t index, T (&out)[N]) {
-  a.mode == Mode::State ? scores<Mode::State>(a.inputs, x, index, out)
-                        : scores<Mode::Observe>(a.inputs, x, index, out);
-}
-
 // Which of eight keys are among the n best of their group of P.
 template <int P, typename K>
 __device__ uint32_t best(const K (&keys)[kByte], int64_t n) {
@@ -73,7 +67,7 @@ __global__ void __launch_bounds__(kThreads)
       operands = load_first<S, kByte>(a.inputs, index, count);
     }
     T x[kByte];
-    scores(a, operands, index, x);
+    scores(a.inputs, a.mode, operands, index, x);
     Int<T> keys[kByte];
 #pragma unroll
     for (int i = 0; i < kByte; ++i)
@@ -133,7 +127,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = begin + static_cast<int>(threadIdx.x); i < end; i += kThreads) {
       Operands<T, 1> operands = load_one<T>(a.inputs, first + i);
       T x[1];
-      scores(a, operands, first + i, x);
+      scores(a.inputs, a.mode, operands, first + i, x);
       keys[i] = key_of(x[0], a.largest, found);
     }
     __syncthreads();

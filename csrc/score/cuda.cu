@@ -32,12 +32,19 @@ constexpr int kVector = kLoadBytes / sizeof(S);
 template <typename S>
 constexpr int kTile = kThreads * kUnroll * kVector<S>;  // elements
 
-template <typename S, Mode M, int N>
-__device__ void score_elements(const Args& a, Operands<Compute<S>, N> x, int64_t index) {
-  using T = Compute<S>;
+// Scores N elements from `index` on, and writes the new state where there is one.
+template <typename T, int N>
+__device__ void evaluate(const Args& a, Mode mode, Operands<T, N>& x, int64_t index,
+                         T (&scored)[N]) {
+  scores(a.inputs, mode, x, index, scored);
+  if (mode == Mode::Update)
+    store(static_cast<T*>(a.inputs.state.data) + offset_of(a.inputs.state, index), x.state);
+}
+
+template <typename T, int N>
+__device__ void score_elements(const Args& a, Mode mode, Operands<T, N> x, int64_t index) {
   T scored[N];
-  scores<M>(a.inputs, x, index, scored);
-  if constexpr (M == Mode::Update) store(element_of<T>(a.inputs.state, index), x.state);
+  evaluate(a, mode, x, index, scored);
   if (a.out) store(static_cast<T*>(a.out) + index, scored);
 }
 
@@ -49,7 +56,7 @@ __global__ void __launch_bounds__(kThreads) elements_kernel(const __grid_constan
   const int64_t step = int64_t{gridDim.x} * kThreads * kUnroll;
   int64_t first = int64_t{blockIdx.x} * kThreads * kUnroll + threadIdx.x;
   if (first < numel - whole * n)  // the elements after the last whole vector
-    score_elements<S, M>(a, load_first<S, 1>(a.inputs, whole * n + first, 1), whole * n + first);
+    score_elements(a, M, load_first<S, 1>(a.inputs, whole * n + first, 1), whole * n + first);
   for (; first < whole; first += step) {
     PackedOperands<S, n> packed[kUnroll];
 #pragma unroll
@@ -58,7 +65,7 @@ __global__ void __launch_bounds__(kThreads) elements_kernel(const __grid_constan
 #pragma unroll
     for (int k = 0; k < kUnroll; ++k)
       if (first + k * kThreads < whole)
-        score_elements<S, M>(a, packed[k].widened(), (first + k * kThreads) * n);
+        score_elements(a, M, packed[k].widened(), (first + k * kThreads) * n);
   }
 }
 
@@ -72,11 +79,9 @@ __global__ void __launch_bounds__(kThreads) strided_kernel(const __grid_constant
 #pragma unroll
     for (int k = 0; k < kElements; ++k)
       if (first + k * kThreads < numel) x[k] = load_one<T>(a.inputs, first + k * kThreads);
-    for_mode(a.mode, [&]<Mode M>() {
 #pragma unroll
-      for (int k = 0; k < kElements; ++k)
-        if (first + k * kThreads < numel) score_elements<T, M>(a, x[k], first + k * kThreads);
-    });
+    for (int k = 0; k < kElements; ++k)
+      if (first + k * kThreads < numel) score_elements(a, a.mode, x[k], first + k * kThreads);
   }
 }
 
@@ -118,12 +123,12 @@ __device__ void store_shared(T* to, const T (&x)[N]) {
   }
 }
 
-// Scores N elements from `index` on, and leaves in shared memory what they bring into a reduction.
-template <Mode M, typename T, int N>
-__device__ void deliver(const Args& a, Operands<T, N> x, int64_t index, bool enters, T* to) {
+// Leaves in shared memory what N elements from `index` on bring into a reduction.
+template <typename T, int N>
+__device__ void deliver(const Args& a, Mode mode, Operands<T, N> x, int64_t index, bool enters,
+                        T* to) {
   T scored[N];
-  scores<M>(a.inputs, x, index, scored);
-  if constexpr (M == Mode::Update) store(element_of<T>(a.inputs.state, index), x.state);
+  evaluate(a, mode, x, index, scored);
   if (enters && a.reduce == Reduce::L2) {
 #pragma unroll
     for (int i = 0; i < N; ++i) scored[i] = enter<Reduce::L2>(scored[i]);
@@ -148,8 +153,8 @@ class Vectors {
   __device__ void fill(const Args& a, const Tiling& t, const Part& part, int stride,
                        Compute<S>* tile) {
     each(t, part, [&](int k, int row, int col) {
-      deliver<M>(a, packed_[k].widened(), part.first + row * a.n_cols + col, t.enters,
-                 tile + row * stride + col);
+      deliver(a, M, packed_[k].widened(), part.first + row * a.n_cols + col, t.enters,
+              tile + row * stride + col);
     });
   }
 
@@ -188,12 +193,20 @@ struct Elements {
         }
       };
       each([&](int k, int64_t index, T*) { x[k] = load_one<T>(a.inputs, index); });
-      for_mode(a.mode, [&]<Mode M>() {
-        each([&](int k, int64_t index, T* to) { deliver<M>(a, x[k], index, t.enters, to); });
-      });
+      each([&](int k, int64_t index, T* to) { deliver(a, a.mode, x[k], index, t.enters, to); });
     }
   }
 };
+
+// Calls f.template operator()<R>() for an R that combines as `reduce` does: sums, means and norms
+// are combined alike.
+template <typename F>
+__device__ void for_combine(Reduce reduce, F&& f) {
+  if (reduce == Reduce::Max)
+    f.template operator()<Reduce::Max>();
+  else
+    f.template operator()<Reduce::Sum>();
+}
 
 // The lanes of a block's reduction, halved down to one, by the first `count` lanes (a power of two)
 // of every so many; those who have none bring the identity.
@@ -202,6 +215,13 @@ __device__ T halve(T lane, int count) {
   for (int half = count / 2; half > 0; half /= 2)
     lane = combine<R>(lane, __shfl_down_sync(0xffffffffu, lane, half, count));
   return lane;
+}
+
+// leave() of common/score.h.
+template <typename T>
+__device__ T score_of(Reduce reduce, T sum, int64_t count) {
+  for_reduce(reduce, [&]<Reduce R>() { sum = leave<R>(sum, count); });
+  return sum;
 }
 
 // `x`, but no more than fits.
@@ -235,7 +255,7 @@ __global__ void __launch_bounds__(kThreads)
     loader.request(a, t, part);
     __syncthreads();
     if (a.rows == 1) continue;  // its own columns, and there is no other part
-    for_reduce(a.reduce, [&]<Reduce R>() {
+    for_combine(a.reduce, [&]<Reduce R>() {
       for (int i = threadIdx.x; i < strips << t.log_width; i += kThreads) {
         const int first = (i >> t.log_width) * strip_rows, c = i & (width - 1);
         if (c >= part.cols) continue;
@@ -251,7 +271,7 @@ __global__ void __launch_bounds__(kThreads)
   const int blocks = (part.cols + cols - 1) / cols;
   const int log_lanes = min(32 - __clz(cols - 1), kLogReduceLanes), lanes = 1 << log_lanes;
   const int count = strips * blocks << log_lanes;
-  for_reduce(a.reduce, [&]<Reduce R>() {
+  for_combine(a.reduce, [&]<Reduce R>() {
     for (int done = 0; done < count; done += kThreads) {
       const int i = done + static_cast<int>(threadIdx.x), lane = i & (lanes - 1);
       const int s = (i >> log_lanes) / blocks, b = (i >> log_lanes) % blocks;
@@ -263,7 +283,7 @@ __global__ void __launch_bounds__(kThreads)
       if (i < count && lane == 0) {
         const int64_t high = min(a.rows, a.n_rows - (strip + s) * a.rows);
         static_cast<T*>(a.out)[(strip + s) * ceil_div(a.n_cols, a.cols) + col / cols + b] =
-            t.leaves ? leave<R>(sum, high * n) : sum;
+            t.leaves ? score_of(a.reduce, sum, high * n) : sum;
       }
     }
   });
@@ -298,19 +318,17 @@ __global__ void __launch_bounds__(kThreads)
     loader.request(a, t, part);
     __syncthreads();
     if (s < part.rows)
-      for_reduce(a.reduce, [&]<Reduce R>() {
+      for_combine(a.reduce, [&]<Reduce R>() {
         for (int c = lane; c < here; c += kReduceLanes) sum = combine<R>(sum, tile[s * stride + c]);
       });
     __syncthreads();
   }
-  for_reduce(a.reduce, [&]<Reduce R>() {
-    sum = halve<R>(sum, kReduceLanes);
-    if (lane == 0 && s < part.rows) {
-      const int64_t high = min(a.rows, a.n_rows - (strip + s) * a.rows);
-      static_cast<T*>(a.out)[(strip + s) * t.across + blockIdx.x % t.across] =
-          leave<R>(sum, high * min(a.cols, a.n_cols - col));
-    }
-  });
+  for_combine(a.reduce, [&]<Reduce R>() { sum = halve<R>(sum, kReduceLanes); });
+  if (lane == 0 && s < part.rows) {
+    const int64_t high = min(a.rows, a.n_rows - (strip + s) * a.rows);
+    static_cast<T*>(a.out)[(strip + s) * t.across + blockIdx.x % t.across] =
+        score_of(a.reduce, sum, high * min(a.cols, a.n_cols - col));
+  }
 }
 
 int log2_ceil(int64_t x) { return std::bit_width(static_cast<uint64_t>(x - 1)); }
