@@ -129,9 +129,19 @@ def test_kernels_neither_spill_nor_use_local_memory(kernels: dict[str, dict[str,
 @pytest.mark.parametrize(
     ("instruction", "prefixes"),
     [
-        ("LDG", ("mask::apply_kernel<Flat>", "mask::pack_kernel", "nm::aligned_kernel")),
+        (
+            "LDG",
+            (
+                "mask::apply_kernel<Flat>",
+                "mask::pack_kernel",
+                "nm::aligned_kernel",
+                "score::elements_kernel",
+                "score::blocks_kernel<Vectors",
+                "score::rows_kernel<Vectors",
+            ),
+        ),
         ("LDG", ("topk::sample_kernel", "topk::sweep_kernel", "topk::histogram_kernel")),
-        ("STG", ("mask::apply_kernel<Flat>", "mask::unpack_kernel")),
+        ("STG", ("mask::apply_kernel<Flat>", "mask::unpack_kernel", "score::elements_kernel")),
     ],
 )
 def test_contiguous_memory_moves_by_16_bytes(

@@ -98,29 +98,53 @@ __device__ Operands<Compute<S>, N> load_first(const ScoreInputs& in, int64_t ind
 }
 
 // Where element `index` lies, any layout.
-template <typename S>
-__device__ S* element_of(const View& t, int64_t index) {
-  const int64_t offset = t.ndim == 1 ? index * t.stride[0] : locate(t, index).offset;
-  return global(static_cast<S*>(t.data)) + offset;
+__device__ inline int64_t offset_of(const View& t, int64_t index) {
+  return t.ndim == 1 ? index * t.stride[0] : locate(t, index).offset;
 }
 
-// Element `index` of inputs of any layout.
-template <typename S>
-__device__ Operands<Compute<S>, 1> load_one(const ScoreInputs& in, int64_t index) {
-  Operands<Compute<S>, 1> x = {};
-  if (in.weight.data) x.weight[0] = widen(*element_of<const S>(in.weight, index));
-  if (in.grad.data) x.grad[0] = widen(*element_of<const S>(in.grad, index));
-  if (in.state.data) x.state[0] = *element_of<const Compute<S>>(in.state, index);
-  return x;
+// Element `index` in the compute type T, any layout and dtype; zero where there is no input.
+template <typename T>
+__device__ T load_element(const View& t, int64_t index) {
+  if (!t.data) return T(0);
+  const int64_t offset = offset_of(t, index);
+  if constexpr (sizeof(T) == 8) return global(static_cast<const double*>(t.data))[offset];
+  if (t.dtype == Dtype::BFloat16)
+    return widen(global(static_cast<const BFloat16*>(t.data))[offset]);
+  if (t.dtype == Dtype::Half) return widen(global(static_cast<const Half*>(t.data))[offset]);
+  return global(static_cast<const float*>(t.data))[offset];
 }
 
-// The scores of elements index..index + N; Mode::Update leaves the new state in x.state.
-template <Mode M, typename T, int N>
-__device__ void scores(const ScoreInputs& in, Operands<T, N>& x, int64_t index, T (&out)[N]) {
+// What the score of element `index` is made of, any layout and dtypes.
+template <typename T>
+__device__ Operands<Compute<T>, 1> load_one(const ScoreInputs& in, int64_t index) {
+  using C = Compute<T>;
+  return {{load_element<C>(in.weight, index)},
+          {load_element<C>(in.grad, index)},
+          {load_element<C>(in.state, index)}};
+}
+
+// The scores of elements index..index + N; Mode::Update leaves the new state in x.state. The steps
+// of score() in common/score.h one after the other for all elements, so that the code of a formula
+// is there once for all modes.
+template <typename T, int N>
+__device__ void scores(const ScoreInputs& in, Mode mode, Operands<T, N>& x, int64_t index,
+                       T (&out)[N]) {
+  if (mode == Mode::State) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) out[i] = recall(x.state[i], in.params);
+  } else {
+    for_formula(in.formula, [&]<Formula F>() {
+#pragma unroll
+      for (int i = 0; i < N; ++i) out[i] = observe<F>(x.weight[i], x.grad[i], in.params, index + i);
+    });
+  }
+  if (mode == Mode::Update) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) out[i] = x.state[i] = average(x.state[i], out[i], in.params);
+  }
   for_formula(in.formula, [&]<Formula F>() {
 #pragma unroll
-    for (int i = 0; i < N; ++i)
-      out[i] = score<F, M>(x.weight[i], x.grad[i], x.state[i], in.params, index + i);
+    for (int i = 0; i < N; ++i) out[i] = finish<F>(out[i], x.weight[i]);
   });
 }
 
@@ -133,16 +157,26 @@ SECATEUR_HD Int<T> key_of(T score, bool largest) {
   return largest ? key : ~key;
 }
 
-// Stores N elements at an aligned address.
+// The same by a mode that is known.
+template <Mode M, typename T, int N>
+__device__ void scores(const ScoreInputs& in, Operands<T, N>& x, int64_t index, T (&out)[N]) {
+  scores(in, M, x, index, out);
+}
+
+// Stores one element, or N at an address that is aligned to vectors.
 template <typename T, int N>
-__device__ void store_vectors(T* to, const T (&x)[N]) {
-  constexpr int per_vector = kLoadBytes / sizeof(T);
-  static_assert(N % per_vector == 0);
+__device__ void store(T* to, const T (&x)[N]) {
+  if constexpr (N == 1) {
+    *to = x[0];
+  } else {
+    constexpr int per_vector = kLoadBytes / sizeof(T);
+    static_assert(N % per_vector == 0);
 #pragma unroll
-  for (int v = 0; v < N / per_vector; ++v) {
-    uint4 vector;
-    __builtin_memcpy(&vector, x + v * per_vector, sizeof(vector));
-    reinterpret_cast<uint4*>(to)[v] = vector;
+    for (int v = 0; v < N / per_vector; ++v) {
+      uint4 vector;
+      __builtin_memcpy(&vector, x + v * per_vector, sizeof(vector));
+      reinterpret_cast<uint4*>(to)[v] = vector;
+    }
   }
 }
 

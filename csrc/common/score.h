@@ -119,24 +119,34 @@ SECATEUR_HD V finish(V x, V w) {
     return x;
 }
 
+// x from a state, by Mode::State.
+template <typename V>
+SECATEUR_HD V recall(V state, const ScoreParams& p) {
+  return state / static_cast<Scalar<V>>(p.normalizer);
+}
+
+// The new state, and x, by Mode::Update, from what is measured now.
+template <typename V>
+SECATEUR_HD V average(V state, V observed, const ScoreParams& p) {
+  using T = Scalar<V>;
+  return state * static_cast<T>(p.decay) + observed * static_cast<T>(p.gain);
+}
+
 // One element of a score; `state` is read and written as `M` says.
 template <Formula F, Mode M, typename V>
 SECATEUR_HD V score(V w, V g, V& state, const ScoreParams& p, int64_t index) {
-  using T = Scalar<V>;
-  if constexpr (M == Mode::Observe) {
-    return finish<F>(observe<F>(w, g, p, index), w);
-  } else if constexpr (M == Mode::State) {
-    return finish<F>(state / static_cast<T>(p.normalizer), w);
-  } else {
-    state = state * static_cast<T>(p.decay) + observe<F>(w, g, p, index) * static_cast<T>(p.gain);
-    return finish<F>(state, w);
-  }
+  if constexpr (M == Mode::State) return finish<F>(recall(state, p), w);
+  const V x = observe<F>(w, g, p, index);
+  if constexpr (M == Mode::Observe) return finish<F>(x, w);
+  state = average(state, x, p);
+  return finish<F>(state, w);
 }
 
 // A block is reduced by one tree on every device: down each column in row order, then lane j of
 // kReduceLanes takes columns j, j + kReduceLanes, ... in order, then the lanes are halved. What a
 // column or a lane starts from is identity().
-constexpr int kReduceLanes = 16;
+constexpr int kLogReduceLanes = 4;
+constexpr int kReduceLanes = 1 << kLogReduceLanes;
 
 template <typename T>
 SECATEUR_HD T identity(Reduce reduce) {
@@ -197,6 +207,34 @@ SECATEUR_HD void for_formula(Formula formula, Fn&& f) {
       return f.template operator()<Formula::Movement>();
     case Formula::Random:
       return f.template operator()<Formula::Random>();
+  }
+}
+
+// The same for the mode.
+template <typename Fn>
+SECATEUR_HD void for_mode(Mode mode, Fn&& f) {
+  switch (mode) {
+    case Mode::Observe:
+      return f.template operator()<Mode::Observe>();
+    case Mode::State:
+      return f.template operator()<Mode::State>();
+    case Mode::Update:
+      return f.template operator()<Mode::Update>();
+  }
+}
+
+// The same for the reduction.
+template <typename Fn>
+SECATEUR_HD void for_reduce(Reduce reduce, Fn&& f) {
+  switch (reduce) {
+    case Reduce::Sum:
+      return f.template operator()<Reduce::Sum>();
+    case Reduce::Mean:
+      return f.template operator()<Reduce::Mean>();
+    case Reduce::Max:
+      return f.template operator()<Reduce::Max>();
+    case Reduce::L2:
+      return f.template operator()<Reduce::L2>();
   }
 }
 

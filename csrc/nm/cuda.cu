@@ -26,12 +26,6 @@ __device__ Int<T> key_of(T score, bool largest, bool& bad) {
   return secateur::key_of(score, largest);
 }
 
-template <typename T, int N>
-__device__ void scores(const Args& a, Operands<T, N>& x, int64_t index, T (&out)[N]) {
-  a.mode == Mode::State ? scores<Mode::State>(a.inputs, x, index, out)
-                        : scores<Mode::Observe>(a.inputs, x, index, out);
-}
-
 // Which of eight keys are among the n best of their group of P.
 template <int P, typename K>
 __device__ uint32_t best(const K (&keys)[kByte], int64_t n) {
@@ -69,7 +63,7 @@ __global__ void __launch_bounds__(kThreads)
       operands = load_first<S, kByte>(a.inputs, index, count);
     }
     T x[kByte];
-    scores(a, operands, index, x);
+    scores(a.inputs, a.mode, operands, index, x);
     Int<T> keys[kByte];
 #pragma unroll
     for (int i = 0; i < kByte; ++i)
@@ -114,10 +108,9 @@ struct Groups {
   }
 };
 
-template <typename S>
+template <typename T>
 __global__ void __launch_bounds__(kThreads)
     padded_kernel(const __grid_constant__ Args a, uint32_t* bad) {
-  using T = Compute<S>;
   SECATEUR_SHARED(Int<T>, shared, kTile + 2 * kMaxGroup);
   Int<T>* const keys = shared + kMaxGroup;  // of the tile's elements, and of some on either side
   const int lane = threadIdx.x % 32;
@@ -128,9 +121,9 @@ __global__ void __launch_bounds__(kThreads)
     const Groups groups(a, first);
     const int begin = groups.of(0).begin, end = groups.of(count - 1).end;
     for (int i = begin + static_cast<int>(threadIdx.x); i < end; i += kThreads) {
-      Operands<T, 1> operands = load_one<S>(a.inputs, first + i);
+      Operands<T, 1> operands = load_one<T>(a.inputs, first + i);
       T x[1];
-      scores(a, operands, first + i, x);
+      scores(a.inputs, a.mode, operands, first + i, x);
       keys[i] = key_of(x[0], a.largest, found);
     }
     __syncthreads();
@@ -162,7 +155,7 @@ void run_typed(const Args& a, uint32_t* bad, void* stream) {
   if (vectors)
     SECATEUR_LAUNCH(aligned_kernel<S>, blocks, kThreads, 0, stream, a, bad);
   else
-    SECATEUR_LAUNCH(padded_kernel<S>, blocks, kThreads, 0, stream, a, bad);
+    SECATEUR_LAUNCH(padded_kernel<Compute<S>>, blocks, kThreads, 0, stream, a, bad);
 }
 
 }  // namespace

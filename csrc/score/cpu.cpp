@@ -21,32 +21,6 @@ struct Grid {
         strips((a.n_rows + a.rows - 1) / a.rows) {}
 };
 
-template <typename F>
-void for_mode(Mode mode, F&& f) {
-  switch (mode) {
-    case Mode::Observe:
-      return f.template operator()<Mode::Observe>();
-    case Mode::State:
-      return f.template operator()<Mode::State>();
-    case Mode::Update:
-      return f.template operator()<Mode::Update>();
-  }
-}
-
-template <typename F>
-void for_reduce(Reduce reduce, F&& f) {
-  switch (reduce) {
-    case Reduce::Sum:
-      return f.template operator()<Reduce::Sum>();
-    case Reduce::Mean:
-      return f.template operator()<Reduce::Mean>();
-    case Reduce::Max:
-      return f.template operator()<Reduce::Max>();
-    case Reduce::L2:
-      return f.template operator()<Reduce::L2>();
-  }
-}
-
 template <typename V, typename T>
 inline V load_as(const T* p) {
   V v;

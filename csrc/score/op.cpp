@@ -1,10 +1,8 @@
-#include <iterator>
 #include <optional>
 #include <string>
-#include <vector>
 
-#include "common/score_inputs.h"
 #include "common/torch.h"
+#include "score/checks.h"
 #include "score/score.h"
 
 namespace secateur::score {
@@ -17,39 +15,17 @@ int64_t grain_tasks(const Args& args, int64_t tasks) {
   return 1 + tasks * kGrainElements / (args.n_rows * args.n_cols);
 }
 
-Args make_args(const char* op, const Tensor& weight, const std::optional<Tensor>& grad,
-               const std::optional<Tensor>& state, Mode mode, const std::string& formula,
-               const ScoreParams& params) {
-  Args args{};
-  args.mode = mode;
-  args.inputs = score_inputs(op, weight, grad, state, mode, formula, params);
-  args.wide = weight.scalar_type() == ScalarType::Double;
-  args.n_rows = weight.dim() == 0 ? 1 : weight.size(0);
-  args.n_cols = args.n_rows == 0 ? 0 : weight.numel() / args.n_rows;
-  return args;
-}
-
 Tensor run(const char* op, Args args, const Tensor& weight, int64_t rows, int64_t cols,
            const std::string& reduce) {
-  // Shapes
-  STD_TORCH_CHECK(rows >= 1 && cols >= 1, op, ": expected a block of at least 1 x 1, got ", rows,
-                  " x ", cols);
-  args.rows = rows;
-  args.cols = cols;
-  args.reduce = parse_name<Reduce>(op, "reduce", kReduceNames, reduce);
-  if (args.n_rows == 0)
-    for (int64_t d = args.n_cols = 1; d < weight.dim(); ++d) args.n_cols *= weight.size(d);
-  const int64_t out_rows = (args.n_rows + rows - 1) / rows;
-  const int64_t out_cols = (args.n_cols + cols - 1) / cols;
+  // Checks
+  check_blocks(op, args, rows, cols, reduce);
 
   // Outputs
-  Tensor out = torch::stable::new_empty(weight, {out_rows, out_cols},
-                                        args.wide ? ScalarType::Double : ScalarType::Float);
+  Tensor out = new_scores(weight, args);
   if (weight.numel() == 0) return out;
-  args.out = out.mutable_data_ptr();
 
   // Dispatch
-  if (rows == 1 && cols == 1 && args.reduce != Reduce::L2) {
+  if (by_elements(args)) {
     Run* kernel = SECATEUR_FOR_ISA(elements);
     torch::stable::parallel_for(0, weight.numel(), kGrainElements,
                                 [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
@@ -67,7 +43,7 @@ Tensor score_cpu(const Tensor& weight, std::optional<Tensor> grad, std::optional
                  double normalizer, int64_t seed) {
   const Mode mode = state ? Mode::State : Mode::Observe;
   const ScoreParams params{normalizer, 0, 0, static_cast<uint64_t>(seed)};
-  const Args args = make_args("score", weight, grad, state, mode, formula, params);
+  const Args args = checked_args("score", weight, grad, state, mode, formula, params);
   return run("score", args, weight, rows, cols, reduce);
 }
 
@@ -75,14 +51,15 @@ Tensor score_update_cpu(Tensor state, const Tensor& weight, std::optional<Tensor
                         std::string formula, double decay, double gain, int64_t rows, int64_t cols,
                         std::string reduce, double normalizer) {
   const ScoreParams params{normalizer, decay, gain, 0};
-  const Args args = make_args("score_update_", weight, grad, state, Mode::Update, formula, params);
+  const Args args =
+      checked_args("score_update_", weight, grad, state, Mode::Update, formula, params);
   return run("score_update_", args, weight, rows, cols, reduce);
 }
 
 void observe_cpu(Tensor state, const Tensor& weight, std::optional<Tensor> grad,
                  std::string formula, double decay, double gain, double normalizer) {
   const ScoreParams params{normalizer, decay, gain, 0};
-  const Args args = make_args("observe_", weight, grad, state, Mode::Update, formula, params);
+  const Args args = checked_args("observe_", weight, grad, state, Mode::Update, formula, params);
   if (weight.numel() == 0) return;
   Run* kernel = SECATEUR_FOR_ISA(observe);
   torch::stable::parallel_for(0, weight.numel(), kGrainElements,

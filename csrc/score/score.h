@@ -25,4 +25,16 @@ using Run = void(const Args& args, int64_t begin, int64_t end);
 
 SECATEUR_PER_ISA(Tasks n_tasks; Run elements; Run blocks; Run observe)
 
+// On a CUDA stream; these return a cudaError_t.
+namespace CUDA {
+
+// Blocks of one element; with null args.out only the state of Mode::Update is written.
+int elements(const Args& args, void* stream);
+
+// How many numbers of working memory, as wide as the scores, blocks() needs.
+int64_t workspace(const Args& args);
+int blocks(const Args& args, void* workspace, void* stream);
+
+}  // namespace CUDA
+
 }  // namespace secateur::score
