@@ -69,9 +69,9 @@ __global__ void __launch_bounds__(kThreads) elements_kernel(const __grid_constan
   }
 }
 
-// Inputs of any layout, by any mode.
+// Inputs of any layout, by any mode. The 2 is as in blocks_kernel.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) strided_kernel(const __grid_constant__ Args a) {
+__global__ void __launch_bounds__(kThreads, 2) strided_kernel(const __grid_constant__ Args a) {
   const int64_t numel = a.n_rows * a.n_cols, step = int64_t{gridDim.x} * kThreads * kElements;
   int64_t first = int64_t{blockIdx.x} * kThreads * kElements + threadIdx.x;
   for (; first < numel; first += step) {
@@ -227,8 +227,9 @@ __device__ T score_of(Reduce reduce, T sum, int64_t count) {
 // `x`, but no more than fits.
 __device__ int at_most(int limit, int64_t x) { return x < limit ? static_cast<int>(x) : limit; }
 
+// The 2 lets ptxas take registers for what it would spill.
 template <typename Loader>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     blocks_kernel(const __grid_constant__ Args a, const __grid_constant__ Tiling t) {
   using S = Loader::Stored;
   using T = Compute<S>;
