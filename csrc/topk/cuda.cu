@@ -151,7 +151,7 @@ __device__ int64_t sum_before(int64_t x) {
 
 __device__ void add_total(Counter* counter, uint32_t n) {
   n = __reduce_add_sync(kWarp, n);
-  if (n && threadIdx.x % 32 == 0) atomicAdd(counter, n);
+  if (n && threadIdx.x % 32 == 0) atomicAdd(global(counter), n);
 }
 
 __device__ void lower_to(uint32_t* value, uint32_t x) {
@@ -220,14 +220,15 @@ __device__ void score_vectors(const Job& job, const Entry& e, int64_t index, T (
 
 template <Mode M, typename T, int N>
 __device__ void score_elements(const Entry& e, int64_t index, T (&x)[N][kByte]) {
+  const ScoreInputs& in = *global(e.strided);
 #pragma unroll 1
   for (int m = 0; m < N * kByte; ++m) {
     const int64_t i = index + m / kByte * kStride + m % kByte;
     if (i >= e.numel) continue;
     Operands<T, 1> operands;
-    for_storage<T>(e.dtype, [&]<typename S>() { operands = load_one<S>(*e.strided, i); });
+    for_storage<T>(e.dtype, [&]<typename S>() { operands = load_one<S>(in, i); });
     T one[1];
-    scores<M>(*e.strided, operands, i, one);
+    scores<M>(in, operands, i, one);
     // Registers have no index that changes while a kernel runs.
 #pragma unroll
     for (int j = 0; j < N * kByte; ++j)
@@ -252,7 +253,7 @@ __device__ void load_groups(const Job& job, const Entry& e, int64_t index, Group
     g.index = index + k * kStride;
     const int count = count_at(e, g.index);
     g.living = (1u << count) - 1;
-    if (e.alive && count > 0) g.living &= e.alive[g.index / kByte];
+    if (e.alive && count > 0) g.living &= global(e.alive)[g.index / kByte];
   }
   T x[N][kByte] = {};
   e.strided ? score_elements<M>(e, index, x) : score_vectors<M>(job, e, index, x);
@@ -673,7 +674,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   uint32_t n_above = 0, n_alive = 0, bad_item = kNoItem;
   for_groups<T, M>(job, [&](int item, const Entry& e, const Group<T>& g) {
     const auto [above, inside] = classify(e, g);
-    if (g.index < e.numel) e.mask[g.index / kByte] = static_cast<uint8_t>(above);
+    if (g.index < e.numel) global(e.mask)[g.index / kByte] = static_cast<uint8_t>(above);
     n_above += __popc(above);
     n_alive += __popc(g.living);
     if (g.bad) bad_item = min(bad_item, static_cast<uint32_t>(item));
@@ -758,7 +759,7 @@ __global__ void __launch_bounds__(kThreads) fill_kernel(const __grid_constant__ 
       if (p.index < index || p.index >= end) break;
       kept |= uint32_t{!worse(p, worst)} << (p.index - first);
     }
-    e.mask[byte] |= static_cast<uint8_t>(kept);
+    global(e.mask)[byte] |= static_cast<uint8_t>(kept);
   }
 }
 
