@@ -35,7 +35,7 @@ BLOCKS = {"bfloat16": (128, 64, 32, 16, 8), "float32": (128, 64, 32, 16, 8, 4, 1
 SPARSE = 0.1  # single weights and blocks of 4 are not shown at more than that
 ROWS = 4096  # of the batch
 SHAPE = (4096, 4096)
-NUMEL = 100_000_000  # of what streams its operands
+SIDE = 10240  # of the square tensor that is scored, selected from and masked
 PRODUCT_FLOPS = 2 * 16 * 8 * 16  # of an mma.sync m16n8k16
 
 
@@ -52,6 +52,7 @@ class Machine:
         dense: the share of tensor_cores that large dense products reach; an assumption.
     """
 
+    name: str
     multiprocessors: int
     memory: float
     l2: float
@@ -67,10 +68,10 @@ class Machine:
 # came to 9.7 TB/s. On the H100 PCIe Chips and Cheese saw 5.5, by other means, and the comments of
 # tensor_cores.cuh go by that. mma.sync on Hopper: 62.9 % on average in Luo et al., "Benchmarking
 # and Dissecting the Nvidia Hopper GPU Architecture" (arXiv:2402.13499).
-MACHINES = {
-    "A100": Machine(108, 2.039e12, 5.4e12, 312e12, 1.0, 19.5e12, 0.85),
-    "H100": Machine(132, 3.35e12, 6.9e12, 989.4e12, 0.629, 66.9e12, 0.70),
-}
+MACHINES = (
+    Machine("A100", 108, 2.039e12, 5.4e12, 312e12, 1.0, 19.5e12, 0.85),
+    Machine("H100", 132, 3.35e12, 6.9e12, 989.4e12, 0.629, 66.9e12, 0.70),
+)
 FP32_DENSE = 0.9  # the share of fp32 that large dense products reach; an assumption
 LAUNCH = 2.5e-6  # seconds from the start of one kernel to that of the next; an assumption
 
@@ -493,7 +494,7 @@ def select(numel: int, element: int, inputs: int, tensors: int = 1) -> list[Kern
         left, histograms = ceil_div(left, 1024), histograms + 1
     return [
         *upload,
-        Kernel("sample", memory=sampled * inputs * element, written=12 * sampled),
+        streamed("sample", sampled * inputs * element, pool),
         *[Kernel("narrow", read=2 * pool)] * 3,
         sweep._replace(written=sweep.written + pool),
         *[Kernel("histogram")] * histograms,
@@ -527,12 +528,10 @@ def dense_seconds(batch: int, shape: tuple[int, int], dtype: str, machine: Machi
     ]
 
 
-def row(
-    machine: str, op: str, dtype: str, kernels: Sequence[Kernel], at: Machine
-) -> dict[str, Any]:
-    seconds, bound = expected(kernels, at)
+def row(machine: Machine, op: str, dtype: str, kernels: Sequence[Kernel]) -> dict[str, Any]:
+    seconds, bound = expected(kernels, machine)
     return {
-        "GPU": machine,
+        "GPU": machine.name,
         "op": op,
         "dtype": dtype,
         "rows": None,
@@ -549,107 +548,90 @@ def row(
 
 
 def product_rows(
-    batch: int,
-    shape: tuple[int, int],
-    dtype: str,
-    block: int,
-    density: float,
-    machines: dict[str, Machine],
+    machine: Machine, rows: int, shape: tuple[int, int], dtype: str, block: int, density: float
 ) -> Iterator[dict[str, Any]]:
-    """Of each machine, all passes and their sum."""
+    """All passes, and their sum."""
     live = live_blocks(shape, block, density)
-    case = {"rows": batch, "shape": f"{shape[0]}x{shape[1]}", "block": block, "density": density}
-    for name, machine in machines.items():
-        dense = dense_seconds(batch, shape, dtype, machine)
-        every: list[Kernel] = []
-        for which in (*PASSES, "fwd+bwd"):
-            passes = len(PASSES) if which == "fwd+bwd" else 1
-            if passes == 1:
-                product = Product(which, batch, shape, (block, block), live, BYTES[dtype])
-                kernels = kernels_of(product, machine.multiprocessors)
-                every += kernels
-            else:
-                kernels = every
-            line = row(name, which, dtype, kernels, machine) | case
-            for column, seconds in zip(("x peak", "x dense"), dense, strict=True):
-                line[column] = passes * seconds * 1e6 / line["predicted us"]
-            yield line
+    case = {"rows": rows, "shape": f"{shape[0]}x{shape[1]}", "block": block, "density": density}
+    passes = {}
+    for name in PASSES:
+        product = Product(name, rows, shape, (block, block), live, BYTES[dtype])
+        passes[name] = kernels_of(product, machine.multiprocessors)
+    passes["fwd+bwd"] = list(itertools.chain(*passes.values()))
+    for name, kernels in passes.items():
+        line = row(machine, name, dtype, kernels) | case
+        dense = dense_seconds(rows, shape, dtype, machine)
+        products = 1 if name in PASSES else len(PASSES)
+        for column, seconds in zip(("x peak", "x dense"), dense, strict=True):
+            line[column] = products * seconds * 1e6 / line["predicted us"]
+        yield line
 
 
-def stream_rows(numel: int, machines: dict[str, Machine]) -> Iterator[dict[str, Any]]:
-    """What makes and applies masks, of so many elements in one square tensor."""
-    side = round(numel**0.5) // 1024 * 1024
-    shape, numel = (side, side), side * side
-    for (name, machine), dtype in itertools.product(machines.items(), BYTES):
-        element = BYTES[dtype]
-
-        def line(
-            op: str,
-            kernels: Sequence[Kernel],
-            density: float | None = None,
-            name: str = name,
-            machine: Machine = machine,
-            dtype: str = dtype,
-        ) -> dict[str, Any]:
-            made = row(name, op, dtype, kernels, machine)
-            return made | {"shape": f"{side}x{side}", "density": density}
-
-        yield line("score |g*w|", score(shape, None, 2 * element))
-        for block in ((32, 32), (1, side), (side, 1)):
-            op = f"score |g*w| {block[0]}x{block[1]}"
-            yield line(op, score(shape, block, 2 * element))
-        yield line("score_update_ obd", score(shape, None, 2 * element, state=True))
-        yield line("select |g*w|", select(numel, element, 2))
-        yield line("nm_mask |g*w|", nm(numel, element, 2))
-        vectors = numel * element // 16
-        for density in (0.5, 0.1):
-            dead = round(vectors * (1 - density ** (16 // element)))
-            yield line("mask_", apply(numel, element, dead), density)
-    for name, machine in machines.items():
-        for op, kernels in (("pack_mask", pack(numel)), ("unpack_mask", unpack(numel))):
-            made = row(name, op, "bool", kernels, machine)
-            yield made | {"shape": f"{side}x{side}"}
+def stream_rows(machine: Machine, side: int, dtype: str) -> Iterator[dict[str, Any]]:
+    """What makes and applies masks of one square tensor."""
+    shape, numel, element = (side, side), side * side, BYTES[dtype]
+    cases = [
+        ("score |g*w|", None, score(shape, None, 2 * element)),
+        ("score |g*w| 32x32", None, score(shape, (32, 32), 2 * element)),
+        ("score |g*w| by rows", None, score(shape, (1, side), 2 * element)),
+        ("score |g*w| by columns", None, score(shape, (side, 1), 2 * element)),
+        ("score_update_ obd", None, score(shape, None, 2 * element, state=True)),
+        ("select |g*w|", None, select(numel, element, 2)),
+        ("nm_mask |g*w|", None, nm(numel, element, 2)),
+    ]
+    vectors = numel * element // 16
+    for density in (0.5, 0.1):
+        dead = round(vectors * (1 - density ** (16 // element)))
+        cases.append(("mask_", density, apply(numel, element, dead)))
+    for op, share, kernels in cases:
+        yield row(machine, op, dtype, kernels) | {"shape": f"{side}x{side}", "density": share}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--gpu", choices=MACHINES, help="default: all")
-    parser.add_argument("--rows", type=int, default=ROWS, help="of the batch")
-    parser.add_argument("--shape", type=int, nargs=2, default=SHAPE, metavar=("N", "K"))
+    names = [machine.name for machine in MACHINES]
+    parser.add_argument("--gpu", choices=names, help="default: all")
+    parser.add_argument("--rows", type=harness.positive, default=ROWS, help="of the batch")
+    parser.add_argument(
+        "--shape", type=harness.positive, nargs=2, default=SHAPE, metavar=("N", "K")
+    )
     parser.add_argument("--dtype", choices=BYTES, help="default: both")
     parser.add_argument("--density", type=float, choices=DENSITIES, help="default: all")
-    parser.add_argument("--numel", type=int, default=NUMEL, help="of masks and scores; 0: none")
+    parser.add_argument("--products", action="store_true", help="block-sparse products only")
     parser.add_argument("--l2", type=float, metavar="TB/S", help="instead of what is published")
     harness.output_arguments(parser)
     args = parser.parse_args()
-    machines = {
-        name: replace(machine, l2=args.l2 * 1e12) if args.l2 else machine
-        for name, machine in MACHINES.items()
-        if name in (args.gpu or MACHINES)
-    }
+    machines = [machine for machine in MACHINES if args.gpu in (None, machine.name)]
+    if args.l2:
+        machines = [replace(machine, l2=args.l2 * 1e12) for machine in machines]
+    shape = (args.shape[0], args.shape[1])
+    if shape[0] % max(BLOCKS["bfloat16"]) or shape[1] % max(BLOCKS["bfloat16"]):
+        parser.error(f"expected a shape that blocks of 128 divide, got {shape[0]} x {shape[1]}")
 
     print(
         "PREDICTED from counted bytes and products and from what a GPU does at best: NOT MEASURED"
     )
-    for name, machine in machines.items():
+    for machine in machines:
         print(
-            f"{name}: memory {machine.memory / 1e12:.2f} TB/s, L2 {machine.l2 / 1e12:.2f} TB/s, "
+            f"{machine.name}: memory {machine.memory / 1e12:.2f} TB/s, "
+            f"L2 {machine.l2 / 1e12:.2f} TB/s, "
             f"mma.sync {machine.tensor_cores * machine.mma / 1e12:.0f} TFLOP/s, "
             f"fp32 {machine.fp32 / 1e12:.1f} TFLOP/s"
         )
     rows: list[dict[str, Any]] = []
-    for dtype in [args.dtype] if args.dtype else BYTES:
+    for machine, dtype in itertools.product(machines, [args.dtype] if args.dtype else BYTES):
         for block in BLOCKS[dtype]:
-            if any(size % block for size in args.shape):
-                continue
             for density in [args.density] if args.density else DENSITIES:
                 if block >= 8 or density <= SPARSE:
-                    shape = (args.shape[0], args.shape[1])
-                    rows += product_rows(args.rows, shape, dtype, block, density, machines)
-    if args.numel:
-        rows += stream_rows(args.numel, machines)
+                    rows += product_rows(machine, args.rows, shape, dtype, block, density)
+        if not args.products:
+            rows += stream_rows(machine, SIDE, dtype)
+    if not args.products:
+        for machine in machines:
+            rows.append(row(machine, "pack_mask", "bool", pack(SIDE**2)))
+            rows.append(row(machine, "unpack_mask", "bool", unpack(SIDE**2)))
     harness.print_table(rows)
     harness.save(rows, args)
 

@@ -205,7 +205,7 @@ def test_bytes_of_scores_are_counted(
 
 
 def test_the_slowest_bound_of_each_kernel_counts() -> None:
-    machine = Machine(1, 1e12, 4e12, 100e12, 0.5, 10e12, 0.8)
+    machine = Machine("A", 1, 1e12, 4e12, 100e12, 0.5, 10e12, 0.8)
     for kernel, bound, seconds in (
         (Kernel("a", memory=1e9, read=2e9), "memory", 1e-3),
         (Kernel("b", memory=1e9, read=7e9, written=2e9, repeated=1e9), "L2", 2e-3),
@@ -232,7 +232,7 @@ def test_intensity_is_that_of_the_design(block: int, intensity: float) -> None:
 def test_a_table_says_that_it_predicts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = "--gpu H100 --density 0.1 --rows 256 --shape 512 512 --numel 2000000"
+    options = "--gpu H100 --density 0.1 --rows 256 --shape 512 512"
     monkeypatch.setattr(sys, "argv", ["roofline", *options.split()])
     roofline.main()
     lines = capsys.readouterr().out.splitlines()
