@@ -13,7 +13,7 @@ import torch
 from bench import roofline
 from bench.roofline import Kernel, Machine, Product
 from cuda_emulator.build import Counters
-from cuda_emulator.ops import SPECS, EmulatedOps
+from cuda_emulator.ops import EmulatedOps
 
 from secateur import ops
 from secateur.ops.block_sparse import Pattern
@@ -174,11 +174,7 @@ def test_bytes_of_a_selection_are_counted(checked: EmulatedOps) -> None:
     assert got[64, 1].written - got[32, 1].written == more == 32 * 64 / 8
 
 
-HAS_SCORE = "score" in {spec.name for spec in SPECS}
-
-
 @SLOW
-@pytest.mark.skipif(not HAS_SCORE, reason="scores have no CUDA kernel yet")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("shape", "block"),
