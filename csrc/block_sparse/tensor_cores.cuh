@@ -20,8 +20,8 @@
 // 64 x 64, 64 x 32 and 32 x b do 32, 21 and 32 b / (32 + b) FLOP for each byte they read, and a
 // multiprocessor reads 128 bytes a clock of it where L2 gives it some 25.
 // Four warps a thread block. Of these an A100's multiprocessor holds 2, 3, 4, 4 and 4, an H100's 2,
-// 4, 5, 6 and 6: registers are the limit for 128, shared memory for the others. Three stages of each
-// are on their way: some 100 KB and more, where 20 KB hide a latency of 800 clocks.
+// 4, 5, 6 and 6: registers are the limit for 128, shared memory for the others. Three stages of
+// each are on their way: some 100 KB and more, where 20 KB hide a latency of 800 clocks.
 //
 // Balance: a line that is longer than its share of the machine is cut into pieces, which come first
 // and whose sums a second kernel adds up in order. That takes the number of live blocks, which the
