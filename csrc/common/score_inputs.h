@@ -45,6 +45,9 @@ inline ScoreInputs score_inputs(const char* op, const Tensor& weight,
   const ScalarType dtype = weight.scalar_type();
   const View view = view_of(weight, op, "weight");
   if (needs_weight(in.formula, mode)) in.weight = view;
+  // Of one that is not read the device counts all the same: it may have chosen the kernel.
+  STD_TORCH_CHECK(!grad || grad->device() == weight.device(), op,
+                  ": expected grad to be on the weight's device");
   if (needs_grad(in.formula, mode)) {
     STD_TORCH_CHECK(grad.has_value(), op, ": expected a grad for formula '", formula, "'");
     check_like(op, "grad", *grad, weight, dtype);
