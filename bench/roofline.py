@@ -67,8 +67,8 @@ class Machine:
 # want of an SXM, on an H100 PCIe, which has 14 % fewer multiprocessors; an H200, which has as many,
 # came to 9.7 TB/s. On the H100 PCIe Chips and Cheese saw 5.5, by other means, and the comments of
 # tensor_cores.cuh go by that. mma.sync on Hopper: 62.9 % on average in Luo et al., "Benchmarking
-# and Dissecting the Nvidia Hopper GPU Architecture" (arXiv:2402.13499). All but those of gpu-benches
-# were written down from memory of these publications: look them up before you rely on one.
+# and Dissecting the Nvidia Hopper GPU Architecture" (arXiv:2402.13499). All but those of
+# gpu-benches were written down from memory of these publications: look up what you rely on.
 MACHINES = (
     Machine("A100", 108, 2.039e12, 5.4e12, 312e12, 1.0, 19.5e12, 0.85),
     Machine("H100", 132, 3.35e12, 6.9e12, 989.4e12, 0.629, 66.9e12, 0.70),
