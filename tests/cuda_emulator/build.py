@@ -195,7 +195,12 @@ def nvcc() -> str | None:
     return shutil.which("nvcc")
 
 
-def ptx_of(source: Path, arch: str = "compute_80", flags: Sequence[str] = ()) -> Path:
+def contraction(fused: bool) -> tuple[str, ...]:
+    """What to tell nvcc of multiplications and additions; that it may fuse them is its default."""
+    return () if fused else ("-fmad=false",)
+
+
+def ptx_of(source: Path, arch: str, flags: Sequence[str]) -> Path:
     """What nvcc makes of a .cu file.
 
     Raises:
@@ -212,7 +217,7 @@ def ptx_of(source: Path, arch: str = "compute_80", flags: Sequence[str] = ()) ->
 
 def translated(source: Path, host: Unit, flags: Sequence[str]) -> list[Path]:
     """Objects of a .cu file whose kernels are those of its PTX."""
-    text = ptx_of(source, flags=flags).read_text("utf-8")
+    text = ptx_of(source, "compute_80", flags).read_text("utf-8")
     parts = sorted(Path(ptx.__file__).parent.glob("*.py"))
     translator = hashlib.sha256(b"".join(path.read_bytes() for path in parts)).hexdigest()
     prefix = "ptx_" + hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -285,7 +290,7 @@ def library(
         unit = Unit(path, (*FLAGS, *kernel_flags))
         if flavour is not Flavour.PTX:
             return [compiled(unit)]
-        return translated(path, unit, () if path in fused else ("-fmad=false",))
+        return translated(path, unit, contraction(path in fused))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         later = pool.map(of_kernels, kernels)
