@@ -202,7 +202,7 @@ def runs(name: str, call: Call) -> bool:
         result = call.run()
         if call.check:
             call.check(result)
-    except (RuntimeError, NotImplementedError, ImportError) as error:
+    except (RuntimeError, ImportError) as error:  # no kernel, a wrong result, no Triton
         _say_once(f"{name} is left out where it does not run: {str(error).splitlines()[0]}")
         return False
     return True

@@ -1093,7 +1093,6 @@ void transpose_blocks(const E* from, int64_t rows, int64_t cols, Compute<E>* to,
 template <typename T>
 void pack_blocks(const Args& g, int64_t begin, int64_t end) {
   using C = Compute<T>;
-  constexpr int W = kLanes<C>;
   const auto* const from = static_cast<const T*>(g.values);
   auto* const to = static_cast<C*>(g.values_space);
   const int64_t size = g.rows * g.cols;
@@ -1158,16 +1157,30 @@ void run_for(const Args& g, int64_t begin, int64_t end) {
     run(static_cast<const T*>(g.values));
 }
 
+// For the compiler `v` is another value from here on.
+template <typename V>
+SECATEUR_INLINE inline void make_opaque(V& v) {
+#if defined(__x86_64__)
+  asm volatile("" : "+v"(v));
+#else
+  asm volatile("" : "+w"(v));
+#endif
+}
+
 // E is as in multiply_add().
 template <typename C, typename E>
 int64_t multiply_registers_as(int64_t rounds, float* value) {
   constexpr int W = kLanes<C>, kChains = 12;  // more than the latency of a multiply-add hides
-  const auto factor = broadcast<Vec<E, W>>(static_cast<E>(*value));
-  Vec<C, W> acc[kChains] = {};
-  for (int64_t round = 0; round < rounds; ++round)
+  auto factor = broadcast<Vec<E, W>>(static_cast<E>(*value));
+  Vec<C, W> acc[kChains];
+  for (int i = 0; i < kChains; ++i)  // alike, one chain would do for all
+    acc[i] = broadcast<Vec<C, W>>(static_cast<C>(i));
+  for (int64_t round = 0; round < rounds; ++round) {
+    make_opaque(factor);  // or its square would be taken once, and only added
     unroll<kChains>([&](auto i) SECATEUR_INLINE {
       acc[i] = secateur::multiply_add<C, W, E>(acc[i], factor, factor);
     });
+  }
   for (const Vec<C, W>& v : acc) *value += static_cast<float>(v[0]);
   return rounds * kChains * W * (std::is_same_v<C, E> ? 2 : 4);
 }

@@ -23,6 +23,20 @@ inline Args checked_args(const char* op, const Tensor& weight, const std::option
   return args;
 }
 
+inline Args score_args(const char* op, const Tensor& weight, const std::optional<Tensor>& grad,
+                       const std::optional<Tensor>& state, const std::string& formula,
+                       double normalizer, int64_t seed) {
+  return checked_args(op, weight, grad, state, state ? Mode::State : Mode::Observe, formula,
+                      {normalizer, 0, 0, static_cast<uint64_t>(seed)});
+}
+
+// Of an op that updates `state`.
+inline Args update_args(const char* op, const Tensor& state, const Tensor& weight,
+                        const std::optional<Tensor>& grad, const std::string& formula, double decay,
+                        double gain, double normalizer) {
+  return checked_args(op, weight, grad, state, Mode::Update, formula, {normalizer, decay, gain, 0});
+}
+
 inline void check_blocks(const char* op, Args& args, int64_t rows, int64_t cols,
                          const std::string& reduce) {
   STD_TORCH_CHECK(rows >= 1 && cols >= 1, op, ": expected a block of at least 1 x 1, got ", rows,

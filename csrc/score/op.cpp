@@ -41,25 +41,21 @@ Tensor run(const char* op, Args args, const Tensor& weight, int64_t rows, int64_
 Tensor score_cpu(const Tensor& weight, std::optional<Tensor> grad, std::optional<Tensor> state,
                  std::string formula, int64_t rows, int64_t cols, std::string reduce,
                  double normalizer, int64_t seed) {
-  const Mode mode = state ? Mode::State : Mode::Observe;
-  const ScoreParams params{normalizer, 0, 0, static_cast<uint64_t>(seed)};
-  const Args args = checked_args("score", weight, grad, state, mode, formula, params);
+  const Args args = score_args("score", weight, grad, state, formula, normalizer, seed);
   return run("score", args, weight, rows, cols, reduce);
 }
 
 Tensor score_update_cpu(Tensor state, const Tensor& weight, std::optional<Tensor> grad,
                         std::string formula, double decay, double gain, int64_t rows, int64_t cols,
                         std::string reduce, double normalizer) {
-  const ScoreParams params{normalizer, decay, gain, 0};
   const Args args =
-      checked_args("score_update_", weight, grad, state, Mode::Update, formula, params);
+      update_args("score_update_", state, weight, grad, formula, decay, gain, normalizer);
   return run("score_update_", args, weight, rows, cols, reduce);
 }
 
 void observe_cpu(Tensor state, const Tensor& weight, std::optional<Tensor> grad,
                  std::string formula, double decay, double gain, double normalizer) {
-  const ScoreParams params{normalizer, decay, gain, 0};
-  const Args args = checked_args("observe_", weight, grad, state, Mode::Update, formula, params);
+  const Args args = update_args("observe_", state, weight, grad, formula, decay, gain, normalizer);
   if (weight.numel() == 0) return;
   Run* kernel = SECATEUR_FOR_ISA(observe);
   torch::stable::parallel_for(0, weight.numel(), kGrainElements,
