@@ -141,6 +141,9 @@ template <typename S, Mode M>
 class Vectors {
  public:
   using Stored = S;
+  // Thread blocks of blocks_kernel on a multiprocessor at once, so that one loads while another
+  // adds; ptxas would spill registers for more.
+  static constexpr int kMinBlocks = M == Mode::Update || sizeof(S) == 8 ? 2 : 4;
 
   // Asks for the inputs of a part.
   __device__ void request(const Args& a, const Tiling& t, const Part& part) {
@@ -176,6 +179,7 @@ class Vectors {
 template <typename T>
 struct Elements {
   using Stored = T;
+  static constexpr int kMinBlocks = 2;
 
   __device__ void request(const Args&, const Tiling&, const Part&) {}
 
@@ -227,9 +231,8 @@ __device__ T score_of(Reduce reduce, T sum, int64_t count) {
 // `x`, but no more than fits.
 __device__ int at_most(int limit, int64_t x) { return x < limit ? static_cast<int>(x) : limit; }
 
-// The 2 lets ptxas take registers for what it would spill.
 template <typename Loader>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, Loader::kMinBlocks)
     blocks_kernel(const __grid_constant__ Args a, const __grid_constant__ Tiling t) {
   using S = Loader::Stored;
   using T = Compute<S>;
