@@ -141,6 +141,7 @@ def test_kernels_neither_spill_nor_use_local_memory(kernels: dict[str, dict[str,
             ),
         ),
         ("LDG", ("topk::sample_kernel", "topk::sweep_kernel", "topk::histogram_kernel")),
+        ("LDG", tuple(f"block_sparse::simt::{name}_kernel" for name in ("dsd", "outer", "sample"))),
         ("STG", ("mask::apply_kernel<Flat>", "mask::unpack_kernel", "score::elements_kernel")),
     ],
 )
