@@ -47,7 +47,8 @@ std::tuple<std::vector<Tensor>, Tensor> select_cpu(
   std::vector<Tensor> masks = new_masks(items, weights[0]);
 
   // Dispatch
-  const std::unique_ptr<Search> search(new Search{problem});
+  const auto search = std::make_unique<Search>();
+  static_cast<Problem&>(*search) = problem;
   search->capacity = SECATEUR_FOR_ISA(capacity)(search->numel);
   const auto candidates = std::make_unique_for_overwrite<Candidates[]>(search->n_chunks);
   const auto keys = std::make_unique_for_overwrite<int64_t[]>(
@@ -79,7 +80,8 @@ std::tuple<Tensor, Tensor, Tensor> histogram_cpu(
   Tensor counts = new_counts(items, weights[0]);
 
   // Dispatch
-  const std::unique_ptr<Search> search(new Search{problem});
+  const auto search = std::make_unique<Search>();
+  static_cast<Problem&>(*search) = problem;
   search->low = low.value_or(std::numeric_limits<int64_t>::min());
   search->high = high.value_or(std::numeric_limits<int64_t>::max());
   SECATEUR_FOR_ISA(start_histogram)(*search);
