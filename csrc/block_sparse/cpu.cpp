@@ -21,6 +21,9 @@
 #include "common/simd.h"
 
 #define SECATEUR_INLINE __attribute__((always_inline))
+// A tile's function: inlined, it would share registers with its callers, and read its strides back
+// from the stack in the innermost loop.
+#define SECATEUR_TILE __attribute__((noinline)) inline
 
 namespace secateur::block_sparse::SECATEUR_ISA {
 namespace {
@@ -58,16 +61,20 @@ using FewLanes = std::integral_constant<int64_t, kFewLanes>;
 template <typename C, int R, int NV, int W, typename E, typename B, typename Line, typename Step>
 SECATEUR_INLINE inline void multiply_add(Tile<C, R, NV, W>& tile, const E* a, Line line, Step step,
                                          const B* b, int64_t b_step, int64_t inner) {
+  // Lines of any stride are reached from every third: a register for each would be too many.
+  constexpr int kNear = std::is_same_v<Line, int64_t> ? 3 : R;
+  const E* lines[(R + kNear - 1) / kNear];
+  unroll<(R + kNear - 1) / kNear>([&](auto g) SECATEUR_INLINE { lines[g] = a + g * kNear * line; });
   for (int64_t l = 0; l < inner; ++l) {
     Vec<E, W> right[NV];
     unroll<NV>([&](auto v) SECATEUR_INLINE { right[v] = load<W>(b + v * W); });
     unroll<R>([&](auto i) SECATEUR_INLINE {
-      const Vec<E, W> left = broadcast<Vec<E, W>>(a[i * line]);
+      const Vec<E, W> left = broadcast<Vec<E, W>>(lines[i / kNear][i % kNear * line]);
       unroll<NV>([&](auto v) SECATEUR_INLINE {
         tile.acc[i][v] = secateur::multiply_add<C, W, E>(tile.acc[i][v], left, right[v]);
       });
     });
-    a += step;
+    for (const E*& at : lines) at += step;
     b += b_step;
   }
 }
@@ -287,9 +294,9 @@ void pack_transposed(const T* from, int64_t stride, int64_t batch, const Feature
 // The left operand of block `index` begins at a + index * a_block.
 template <typename T, int R, int NV, bool kAhead, typename E, typename B, typename Line,
           typename Step>
-SECATEUR_INLINE inline void feature_tile(const Side& s, int64_t line, const E* a, int64_t a_block,
-                                         Line a_line, Step a_step, const B* blocks, int64_t j,
-                                         const Epilogue<T>& epilogue, T* out) {
+SECATEUR_TILE void feature_tile(const Side& s, int64_t line, const E* a, int64_t a_block,
+                                Line a_line, Step a_step, const B* blocks, int64_t j,
+                                const Epilogue<T>& epilogue, T* out) {
   using C = Compute<T>;
   constexpr int W = kLanes<C>;
   Tile<C, R, NV, W> tile = {};
@@ -300,7 +307,7 @@ SECATEUR_INLINE inline void feature_tile(const Side& s, int64_t line, const E* a
   });
   for (int64_t p = s.ptr[line]; p < s.ptr[line + 1]; ++p) {
     const E* const left = a + s.index[p] * a_block;
-    if constexpr (kAhead) {  // what the next tile reads, which follows
+    if (kAhead && j == 0) {  // what the next tile reads, which follows
       const int64_t size = R * s.inner_width;
       for (int64_t i = 0; i < size; i += 64 / sizeof(E)) __builtin_prefetch(left + size + i);
     }
@@ -460,23 +467,29 @@ void run_dots(const Args& g, int64_t begin, int64_t end) {
 // R neighbouring output features of one line x `lanes` rows of the batch, to out[R][lanes].
 // `a` is the first block's weight of the first feature; inner features are a_step apart.
 template <typename C, int R, int NV>
-SECATEUR_INLINE inline void batch_tile(const Side& s, int64_t line, const C* a, int64_t a_line,
-                                       int64_t a_step, const C* b, int64_t lanes, C* out) {
+SECATEUR_TILE void batch_tile(const Side& s, int64_t line, const C* a, int64_t a_line,
+                              int64_t a_step, const C* b, int64_t lanes, C* out) {
   constexpr int W = kLanes<C>;
   const int64_t block_size = s.line_width * s.inner_width;
   Tile<C, R, NV, W> tile = {};
   int64_t p = s.ptr[line];
   const int64_t end = s.ptr[line + 1];
   if constexpr (R == 1) {
-    if (s.inner_width == 1) {  // two chains of additions, or their latency would be the bound
-      Tile<C, R, NV, W> other = {};
-      for (; p + 2 <= end; p += 2) {
-        multiply_add(tile, a + s.block(p) * block_size, One{}, One{}, b + s.index[p] * lanes, lanes,
+    if (s.inner_width == 1) {
+      const auto add = [&](Tile<C, R, NV, W>& to) SECATEUR_INLINE {
+        multiply_add(to, a + s.block(p) * block_size, One{}, One{}, b + s.index[p] * lanes, lanes,
                      1);
-        multiply_add(other, a + s.block(p + 1) * block_size, One{}, One{},
-                     b + s.index[p + 1] * lanes, lanes, 1);
+        ++p;
+      };
+      if constexpr (2 * NV <= kAccumulators) {  // one chain of additions would wait for itself
+        Tile<C, R, NV, W> other = {};
+        while (p + 2 <= end) {
+          add(tile);
+          add(other);
+        }
+        unroll<NV>([&](auto v) SECATEUR_INLINE { tile.acc[0][v] += other.acc[0][v]; });
       }
-      unroll<NV>([&](auto v) SECATEUR_INLINE { tile.acc[0][v] += other.acc[0][v]; });
+      while (p < end) add(tile);
     }
   }
   for (; p < end; ++p)
@@ -487,15 +500,15 @@ SECATEUR_INLINE inline void batch_tile(const Side& s, int64_t line, const C* a, 
   });
 }
 
-template <typename C, int R>
-inline void batch_lines(const Side& s, int64_t line, const C* a, int64_t a_line, int64_t a_step,
-                        const C* b, int64_t lanes, C* out) {
+// Lanes [v, lanes) in tiles of NV vectors, then of NV / 2, ...
+template <typename C, int R, int NV>
+inline void batch_lanes(const Side& s, int64_t line, const C* a, int64_t a_line, int64_t a_step,
+                        const C* b, int64_t lanes, int64_t v, C* out) {
   constexpr int W = kLanes<C>;
-  constexpr int NV = std::clamp(kAccumulators / R, 1, kMaxVectors);
-  int64_t v = 0;
   for (; v + NV * W <= lanes; v += NV * W)
     batch_tile<C, R, NV>(s, line, a, a_line, a_step, b + v, lanes, out + v);
-  for (; v < lanes; v += W) batch_tile<C, R, 1>(s, line, a, a_line, a_step, b + v, lanes, out + v);
+  if constexpr (NV > 1)
+    if (v < lanes) batch_lanes<C, R, NV / 2>(s, line, a, a_line, a_step, b, lanes, v, out);
 }
 
 // features[count][lanes] (and zeros up to a multiple of the vector) to rows of the batch.
@@ -554,8 +567,10 @@ void run_batch(const Args& g, int64_t begin, int64_t end) {
         const int64_t line = (f + i) / s.line_width, inside = (f + i) % s.line_width;
         const int64_t left = std::min(count - i, s.line_width - inside);
         const auto run = [&](auto r) -> int64_t {
-          batch_lines<C, decltype(r)::value>(s, line, values + inside * a_line, a_line, a_step,
-                                             right, lanes, features + i * lanes);
+          constexpr int R = decltype(r)::value;
+          constexpr int NV = std::clamp<int>(kAccumulators / R, 1, kBatchLanes / kLanes<C>);
+          batch_lanes<C, R, NV>(s, line, values + inside * a_line, a_line, a_step, right, lanes, 0,
+                                features + i * lanes);
           return r;
         };
         i += left >= 8   ? run(std::integral_constant<int, 8>{})
@@ -600,12 +615,12 @@ struct Broadcast {
   const E* at(int64_t m) const { return base + m / lanes * lanes_stride + m % lanes * step; }
 };
 
-// part[i..][j..] += dy^T x over rows [begin, end) of the batch, in tiles of R, then R / 2, ...
-// rows.
+// part[i..][j..] += dy^T x over rows [begin, end) of the batch, in tiles of R rows, then fewer;
+// eight are two tiles of four.
 template <typename C, int W, int R, int NV, typename E, typename D>
-inline void outer_rows(const D& dy, const E* x, int64_t x_stride, int64_t begin, int64_t end,
-                       C* part, int64_t stride, int64_t i, int64_t rows) {
-  for (; i + R <= rows; i += R) {
+SECATEUR_TILE void outer_rows(const D& dy, const E* x, int64_t x_stride, int64_t begin, int64_t end,
+                              C* part, int64_t stride, int64_t i, int64_t rows) {
+  for (; i + R <= rows && (R != 6 || rows - i != 8); i += R) {
     Tile<C, R, NV, W> tile;
     C* const to = part + i * stride;
     unroll<R>([&](auto r) SECATEUR_INLINE {
@@ -620,8 +635,9 @@ inline void outer_rows(const D& dy, const E* x, int64_t x_stride, int64_t begin,
                      SECATEUR_INLINE { store<W>(to + r * stride + v * W, tile.acc[r][v]); });
     });
   }
+  constexpr int kFewer = R == 6 ? 4 : R / 2;
   if constexpr (R > 1)
-    if (i < rows) outer_rows<C, W, R / 2, NV>(dy, x, x_stride, begin, end, part, stride, i, rows);
+    if (i < rows) outer_rows<C, W, kFewer, NV>(dy, x, x_stride, begin, end, part, stride, i, rows);
 }
 
 template <typename C, int W, typename E, typename D>
@@ -629,8 +645,8 @@ void outer_part(const D& dy, const E* x, int64_t x_stride, int64_t begin, int64_
                 int64_t stride, int64_t rows, int64_t cols) {
   for_vectors<W>(cols, cols, [&](auto nv, int64_t j) {
     constexpr int NV = decltype(nv)::value;
-    outer_rows<C, W, kAccumulators / NV, NV>(dy, x + j, x_stride, begin, end, part + j, stride, 0,
-                                             rows);
+    constexpr int R = NV == 1 ? kAccumulators : kFeatureAccumulators / NV;
+    outer_rows<C, W, R, NV>(dy, x + j, x_stride, begin, end, part + j, stride, 0, rows);
   });
 }
 
@@ -980,9 +996,18 @@ Plan plan_for(const Args& g) {
   };
 
   const int64_t batch_lanes = g.batch > 2 * kFewLanes ? kBatchLanes : kFewLanes;
+  // On 16 registers a panel that lines gather from had better stay in L2, and a tile is no wider
+  // than a panel of kFewLanes where it has several rows.
+  const auto gather_lanes = [&](int64_t inner_features) {
+    int64_t lanes = batch_lanes;
+    if (kVectorRegisters == 16)
+      while (lanes > kFewLanes && (block_size > 1 || inner_features * lanes * kBytes > 1 << 17))
+        lanes /= 2;
+    return lanes;
+  };
   if (g.product == Product::Backward) {
     plan.method = Method::Batch;
-    plan.panel = batch_lanes;
+    plan.panel = gather_lanes(g.out_features);
     lay_out_x(Layout::Transposed);
     lay_out_dy(Layout::Transposed);
     plan.reorder_values = true;
@@ -1017,7 +1042,7 @@ Plan plan_for(const Args& g) {
   };
   if (g.rows % W != 0 || g.cols % W != 0) {
     plan.method = Method::Batch;
-    plan.panel = batch_lanes;
+    plan.panel = gather_lanes(s.inner_features);
     lay_out_left(Layout::Transposed);
     // Single weights in the other order would cost a cache line each.
     plan.reorder_values = !forward && block_size <= kSmallBlock && g.batch > kFewLanes;

@@ -18,19 +18,27 @@ inline uint8_t gather_bits(uint64_t bools) {
 }
 
 constexpr int kGroup = 64;
-constexpr int kStep = 16;
+
+// One machine vector, with no more lanes than T has bits: of wider ones the compiler would compare
+// lane by lane.
+template <typename T>
+constexpr int kStep = std::min<int>(kLanes<T>, 8 * sizeof(T));
 
 // `v` where the bit in `alive` is set, zero elsewhere.
 template <typename T>
-inline Vec<T, kStep> kept(Vec<T, kStep> v, uint16_t alive) {
-  using V = Vec<T, kStep>;
+inline Vec<T, kStep<T>> kept(Vec<T, kStep<T>> v, uint64_t alive) {
+  using V = Vec<T, kStep<T>>;
 #if defined(__AVX512F__)
-  if constexpr (sizeof(V) == 64)
-    return reinterpret_cast<V>(_mm512_maskz_mov_epi32(alive, reinterpret_cast<__m512i>(v)));
+  if constexpr (sizeof(V) == 64) {
+    const auto x = reinterpret_cast<__m512i>(v);
+    return reinterpret_cast<V>(sizeof(T) == 4 ? _mm512_maskz_mov_epi32(alive, x)
+                                              : _mm512_maskz_mov_epi64(alive, x));
+  }
 #endif
-  constexpr V bit = {1 << 0, 1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
-                     1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
-  return v & reinterpret_cast<V>(((V{} + T{alive}) & bit) == bit);
+  const V bit = []<int... I>(std::integer_sequence<int, I...>) {
+    return V{static_cast<T>(T{1} << I)...};
+  }(std::make_integer_sequence<int, kStep<T>>{});
+  return v & reinterpret_cast<V>(((V{} + static_cast<T>(alive)) & bit) == bit);
 }
 
 template <typename V>
@@ -39,6 +47,12 @@ inline bool any(V v) {
   if constexpr (sizeof(V) == 64) {
     const auto x = reinterpret_cast<__m512i>(v);
     return _mm512_test_epi32_mask(x, x) != 0;
+  }
+#endif
+#if defined(__AVX__)
+  if constexpr (sizeof(V) == 32) {
+    const auto x = reinterpret_cast<__m256i>(v);
+    return _mm256_testz_si256(x, x) == 0;
   }
 #endif
   uint64_t words[sizeof(V) / sizeof(uint64_t)], all = 0;
@@ -50,18 +64,18 @@ inline bool any(V v) {
 // Zeroes those of kGroup elements whose bit in `alive` is clear; whether one was not zero.
 template <typename T>
 inline bool apply_group(T* p, uint64_t alive) {
-  using V = Vec<T, kStep>;
-  constexpr int n = kGroup / kStep;
+  using V = Vec<T, kStep<T>>;
+  constexpr int n = kGroup / kStep<T>;
   V v[n], revived{};
-  for (int i = 0; i < n; ++i) {
-    std::memcpy(&v[i], p + i * kStep, sizeof(V));
-    revived |= kept<T>(v[i], static_cast<uint16_t>(~alive >> i * kStep));
-  }
+  unroll<n>([&](auto i) {
+    std::memcpy(&v[i], p + i * kStep<T>, sizeof(V));
+    revived |= kept<T>(v[i], ~alive >> i * kStep<T>);
+  });
   if (!any(revived)) return false;
-  for (int i = 0; i < n; ++i) {
-    const V rest = kept<T>(v[i], static_cast<uint16_t>(alive >> i * kStep));
-    std::memcpy(p + i * kStep, &rest, sizeof(V));
-  }
+  unroll<n>([&](auto i) {
+    const V rest = kept<T>(v[i], alive >> i * kStep<T>);
+    std::memcpy(p + i * kStep<T>, &rest, sizeof(V));
+  });
   return true;
 }
 
