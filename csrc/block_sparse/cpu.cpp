@@ -573,10 +573,11 @@ void run_batch(const Args& g, int64_t begin, int64_t end) {
                                 features + i * lanes);
           return r;
         };
-        i += left >= 8   ? run(std::integral_constant<int, 8>{})
-             : left >= 4 ? run(std::integral_constant<int, 4>{})
-             : left >= 2 ? run(std::integral_constant<int, 2>{})
-                         : run(std::integral_constant<int, 1>{});
+        constexpr int kMost = kAccumulators / 2;  // two vectors each
+        i += left >= kMost ? run(std::integral_constant<int, kMost>{})
+             : left >= 4   ? run(std::integral_constant<int, 4>{})
+             : left >= 2   ? run(std::integral_constant<int, 2>{})
+                           : run(std::integral_constant<int, 1>{});
       }
       const int64_t rows = std::min(lanes, g.batch - m);
       T* const to = out + m * s.out_features + f;
@@ -985,6 +986,12 @@ Plan plan_for(const Args& g) {
   const auto lay_out_dy = [&](Layout layout) {
     lay_out(layout, g.out_features, g.rows, plan.dy, plan.dy_bytes, plan.pack_dy);
   };
+  // Lines of one vector would take a broadcast for each multiply-add, which 16 registers cannot
+  // hide.
+  const auto as_features = [&](int64_t line_width) {
+    constexpr int64_t kNarrowest = kVectorRegisters == 32 ? W : 2 * W;
+    return g.rows % W == 0 && g.cols % W == 0 && (few || line_width >= kNarrowest);
+  };
   if (g.product == Product::WeightGradient || g.product == Product::Backward) {
     plan.sums_bytes = values_bytes;
     plan.sums_are_dw = !kNarrow && g.product == Product::WeightGradient;
@@ -1018,9 +1025,9 @@ Plan plan_for(const Args& g) {
   if (g.product == Product::WeightGradient) {
     if (g.rows >= 4 && g.cols % kHalfLanes<C> == 0) {
       plan.method = Method::Features;
-      const bool as_features = g.rows % W == 0 && g.cols % W == 0;  // does dX, which shares dY
-      const Layout layout_of_dy = as_features ? kFeatureLayout : Layout::Transposed;
-      plan.panel = as_features ? kFeaturePanel : batch_lanes;
+      const bool shares_features = as_features(g.cols);  // with dX, which takes the same dY
+      const Layout layout_of_dy = shares_features ? kFeatureLayout : Layout::Transposed;
+      plan.panel = shares_features ? kFeaturePanel : gather_lanes(g.out_features);
       lay_out_x(!kNarrow && few && g.in_features % g.cols == 0 ? Layout::InPlace : Layout::Panels);
       lay_out_dy(!kNarrow && few ? Layout::InPlace : plan.pairs ? Layout::Panels : layout_of_dy);
       plan.run = {g.n_blocks, std::max<int64_t>(
@@ -1040,7 +1047,7 @@ Plan plan_for(const Args& g) {
   const auto lay_out_left = [&](Layout layout) {
     forward ? lay_out_x(layout) : lay_out_dy(layout);
   };
-  if (g.rows % W != 0 || g.cols % W != 0) {
+  if (!as_features(s.line_width)) {
     plan.method = Method::Batch;
     plan.panel = gather_lanes(s.inner_features);
     lay_out_left(Layout::Transposed);
