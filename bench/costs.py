@@ -4,7 +4,7 @@ First all are predicted, which times each at the densities next to its own; then
 at its own density, with other blocks alive, which the table has never seen. Times are the lower
 decile of calls by turns. Where a prediction is off by more than 15 %, its line stays in the
 table: ``again`` is how far a second measurement of the same is off the first, so what no prediction
-can know. ``--quick`` takes about two minutes.
+can know. ``--quick`` takes about six minutes.
 """
 
 from __future__ import annotations

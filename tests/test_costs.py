@@ -202,19 +202,19 @@ def test_calls_take_turns_and_slow_ones_fewer(monkeypatch: pytest.MonkeyPatch) -
     now = 0.0
 
     def call(name: str, seconds: float) -> Any:
-        def run() -> None:
+        def run() -> None:  # slower after another call, which took the caches
             nonlocal now
-            now += seconds
+            now += seconds if order[-1:] == [name] else 3 * seconds
             order.append(name)
 
         return run
 
     monkeypatch.setattr(costs.time, "perf_counter", lambda: now)
     assert costs.by_turns([call("a", 0.01), call("b", 0.02)]) == pytest.approx([0.01, 0.02])
-    assert order == ["a", "b"] * (1 + costs._ROUNDS)
+    assert order == ["a", "a", "b", "b"] * costs._ROUNDS
     order.clear()
     costs.by_turns([call("slow", 2.0)])
-    assert len(order) == 1 + costs._FEWEST
+    assert len(order) == 2 * costs._FEWEST
     order.clear()
     costs.by_turns([call("fast", 1e-4)])
-    assert len(order) == pytest.approx(1 + costs._SHORT / 1e-4, abs=1)
+    assert len(order) == pytest.approx(2 * costs._SHORT / 1e-4, abs=2)

@@ -271,12 +271,11 @@ def products(rows: int, weight: BlockSparse) -> dict[str, tuple[_Call, _Call]]:
 def by_turns(calls: Sequence[_Call]) -> list[float]:
     """Seconds of each call: the lower decile, since neighbours on a machine only add.
 
-    The calls take turns: one that is repeated finds its operands in a cache, as no layer of a
-    network does.
+    The calls take turns, so that a slow second of the machine is no single call's. In its turn a
+    call is made twice and the second is timed: what small operands have been pushed out of a cache
+    by would depend on who else has a turn.
     """
     times: list[list[float]] = [[] for _ in calls]
-    for call in calls:
-        call()
     rounds, spent = 0, 0.0
     # disable=None: no bar where nobody sees it; delay: nor for what is soon over.
     with tqdm(desc="secateur times a layer", unit="round", delay=1, disable=None) as bar:
@@ -284,6 +283,7 @@ def by_turns(calls: Sequence[_Call]) -> list[float]:
             spent < _LONG * len(calls) and (rounds < _ROUNDS or spent < _SHORT * len(calls))
         ):
             for call, record in zip(calls, times, strict=True):
+                call()
                 start = time.perf_counter()
                 call()
                 record.append(time.perf_counter() - start)
