@@ -54,7 +54,7 @@ def test_schedules_do_not_matter(spec: OpSpec, plain: EmulatedOps) -> None:
 
 
 @pytest.mark.slow_cuda
-def test_samples_reach_every_line_of_the_kernels() -> None:
+def test_samples_reach_every_line_of_the_kernels(capsys: pytest.CaptureFixture[str]) -> None:
     checked = emulated_ops(Flavour.CHECKED)
     for spec in SPECS:
         for dtype in spec.dtypes:
@@ -65,6 +65,9 @@ def test_samples_reach_every_line_of_the_kernels() -> None:
             lines, reached = checked.emulator.lines(path)
             count += len(lines)
             missed += [f"{path.name}:{line}" for line in sorted(lines - reached)]
+        with capsys.disabled():
+            print(f"\n{kernels.parent.name}: {count - len(missed)} of {count} lines", end=" ")
+            print(f"reached, not {', '.join(missed)}" if missed else "reached")
         assert count > 10, kernels
         assert len(missed) <= 0.05 * count, (kernels.parent.name, missed)
 
