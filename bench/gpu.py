@@ -14,7 +14,7 @@ import sys
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in re.findall(r"\d+", version)[:2])
+    return tuple(int(n) for n in re.findall(r"\d+", version)[:3])
 
 
 def expect(condition: object, expected: str, got: object) -> None:

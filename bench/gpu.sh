@@ -133,6 +133,7 @@ summary=() failed=()
 for step in "${chosen[@]}"; do
   echo "== $step"
   began=$SECONDS log=$home/$step.log
+  [[ -z $dry ]] || log=/dev/null # that of a real run stays
   if "step_$step" 2>&1 | tee "$log"; then
     result=${dry:+planned}
     result=${result:-passed}

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -369,6 +370,8 @@ def rounding(p: Product, splits: int) -> list[Kernel]:
 
 def dw_by_outer_products(p: Product) -> list[Kernel]:
     """Where rows of a block are a multiple of 8."""
+    if p.n_blocks == 0:
+        return []
     rows, cols = p.block
     of_lane = 16 if rows % 16 == 0 else 8
     row_parts = ceil_div(rows, of_lane)
@@ -605,7 +608,9 @@ def main() -> None:
     harness.output_arguments(parser)
     args = parser.parse_args()
     machines = [machine for machine in MACHINES if args.gpu in (None, machine.name)]
-    if args.l2:
+    if args.l2 is not None:
+        if not 0 < args.l2 < math.inf:
+            parser.error(f"expected --l2 to be a positive number of TB/s, got {args.l2}")
         machines = [replace(machine, l2=args.l2 * 1e12) for machine in machines]
     shape = (args.shape[0], args.shape[1])
     if shape[0] % max(BLOCKS["bfloat16"]) or shape[1] % max(BLOCKS["bfloat16"]):

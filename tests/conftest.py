@@ -42,16 +42,24 @@ def place(request: pytest.FixtureRequest, restore: None) -> torch.device:
     return torch.device("cpu")
 
 
+def _settled(ops: EmulatedOps) -> Iterator[EmulatedOps]:
+    """``ops``, whose settings are those of the start again when a test is over."""
+    yield ops
+    ops.emulator.set_seed(0)
+    ops.emulator.set_arrival(Arrival.LATE)
+    ops.emulator.set_accumulation(Accumulation.EXACT)
+
+
 @pytest.fixture
-def plain() -> EmulatedOps:
+def plain() -> Iterator[EmulatedOps]:
     """The ops that have a CUDA kernel, emulated."""
-    return emulated_ops(Flavour.PLAIN)
+    yield from _settled(emulated_ops(Flavour.PLAIN))
 
 
 @pytest.fixture
-def checked() -> EmulatedOps:
+def checked() -> Iterator[EmulatedOps]:
     """The same, every access checked."""
-    return emulated_ops(Flavour.CHECKED)
+    yield from _settled(emulated_ops(Flavour.CHECKED))
 
 
 SLOW = pytest.mark.slow_cuda
@@ -65,8 +73,4 @@ def emulated(request: pytest.FixtureRequest) -> Iterator[EmulatedOps]:
     flavour = Flavour[request.param]
     if flavour == Flavour.PTX and nvcc() is None:
         pytest.skip("needs nvcc, which makes the PTX")
-    ops = emulated_ops(flavour)
-    yield ops
-    ops.emulator.set_seed(0)
-    ops.emulator.set_arrival(Arrival.LATE)
-    ops.emulator.set_accumulation(Accumulation.EXACT)
+    yield from _settled(emulated_ops(flavour))

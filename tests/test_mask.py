@@ -46,6 +46,14 @@ BITS = torch.zeros(1, dtype=torch.uint8)
             r"tensors\[0\] .* do not share memory, got strides \(0,\)",
         ),
         (
+            lambda: ops.mask_([torch.ones(8).as_strided((2, 4), (1, 1))], [BITS]),
+            ValueError,
+            r"tensors\[0\] .* do not share memory, got strides \(1, 1\)",
+        ),
+        (lambda: ops.unpack_mask(BITS, (-2, -4)), ValueError, r"no negative size, got \(-2, -4\)"),
+        (lambda: ops.unpack_mask(BITS, (2**32, 2**32)), ValueError, f"{2**61} bytes"),
+        (lambda: ops.unpack_mask(BITS, 8), TypeError, "shape to be several ints, got 8"),
+        (
             lambda: ops.mask_([torch.ones([2] * 9).permute(*range(8, -1, -1))], [BITS]),
             ValueError,
             r"tensors\[0\] to have at most 8 dimensions .* got 9",
@@ -62,6 +70,22 @@ def test_bad_input_is_refused(
 ) -> None:
     with pytest.raises(error, match=match):
         call()
+
+
+def test_tensors_that_share_memory_are_refused() -> None:
+    whole = torch.ones(24)
+    for tensors in (
+        [whole[:8], whole[16:], whole[:8]],
+        [whole[:8], whole[16:], whole[7:15]],
+        [whole[::3], whole[16:], whole[:16:2]],
+    ):
+        with pytest.raises(ValueError, match=r"share no memory, got tensors\[0\] and tensors\[2\]"):
+            ops.mask_(tensors, [BITS] * 3)
+    assert whole.tolist() == [1] * 24
+    ops.mask_(
+        [whole[16:], whole[8:16], whole[:8:2], whole[1:8:2], whole[:0]], [BITS] * 4 + [BITS[:0]]
+    )
+    assert whole.tolist() == [0] * 24
 
 
 def test_nothing_is_changed_where_one_mask_does_not_fit() -> None:

@@ -318,7 +318,7 @@ def processor() -> str:
     facts = dict(
         reversed([[s.strip() for s in line.split(":", 1)] for line in lines if ":" in line])
     )
-    if "model name" not in facts:
+    if not {"model name", "cpu family", "model"} <= facts.keys():
         return platform.processor() or platform.machine()
     return f"{facts['model name']} (family {facts['cpu family']} model {facts['model']})"
 

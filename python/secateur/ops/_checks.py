@@ -43,7 +43,14 @@ def check_bool(name: str, t: Tensor) -> None:
 
 def check_writable(name: str, t: Tensor) -> None:
     """ValueError unless a kernel can write every element of ``t``, called ``name``, in place."""
-    if any(size > 1 and stride == 0 for size, stride in zip(t.shape, t.stride(), strict=True)):
+    extent = 1  # of the dimensions with smaller strides, in elements
+    steps = sorted((stride, size) for size, stride in zip(t.shape, t.stride(), strict=True))
+    for stride, size in steps if t.numel() > 0 else ():
+        if size > 1 and stride < extent:
+            extent = 0
+            break
+        extent += (size - 1) * stride
+    if extent == 0:
         raise ValueError(
             f"expected {name} to be a tensor whose elements do not share memory, got strides "
             f"{t.stride()} for shape {tuple(t.shape)}"
@@ -53,6 +60,28 @@ def check_writable(name: str, t: Tensor) -> None:
             f"expected {name} to have at most {MAX_DIMS} dimensions that cannot be merged, "
             f"got {_merged_dims(t)}"
         )
+
+
+def check_apart(name: str, tensors: Sequence[Tensor]) -> None:
+    """ValueError if two of ``tensors``, called ``name``, share memory: threads would race for it.
+
+    Of strided tensors it knows only those that begin at one address.
+    """
+    if torch.compiler.is_compiling() or any(t.is_meta for t in tensors):
+        return
+    begins: dict[int, int] = {}
+    end, owner = 0, 0  # of the contiguous one before
+    for address, i in sorted((t.data_ptr(), i) for i, t in enumerate(tensors) if t.numel() > 0):
+        other = begins.setdefault(address, i)
+        if tensors[i].is_contiguous():
+            if address < end:
+                other = owner
+            end, owner = address + tensors[i].nbytes, i
+        if other != i:
+            raise ValueError(
+                f"expected {name} to share no memory, got {name}[{min(other, i)}] and "
+                f"{name}[{max(other, i)}], which do"
+            )
 
 
 def readable(t: Tensor) -> Tensor:

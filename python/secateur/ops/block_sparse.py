@@ -266,7 +266,8 @@ def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 class _Linear(torch.autograd.Function):
     """The op with its gradient as registered below, in less time beside the kernels.
 
-    torch.compile and torch.func see the op itself.
+    torch.compile and torch.func see the op itself, which torch.func.vmap and jvp take, and
+    torch.func.grad does not.
     """
 
     @staticmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from secateur import _C
 from secateur.ops._checks import (
+    check_apart,
     check_bool,
     check_float,
     check_list,
@@ -50,14 +52,20 @@ def unpack_mask(bits: Tensor, shape: Sequence[int]) -> Tensor:
         bool of shape ``shape``.
 
     Raises:
-        TypeError: ``bits`` is not a Tensor.
-        ValueError: ``bits`` is not what ``shape`` needs.
+        TypeError: ``bits`` is not a Tensor, or ``shape`` no ints.
+        ValueError: ``bits`` is not what ``shape`` needs, or a size is negative.
 
     Equivalent to:
         ``numpy.unpackbits(bits, count=n, bitorder="little").reshape(shape)``
     """
     check_tensor("bits", bits)
-    numel = torch.Size(shape).numel()
+    if not isinstance(shape, Sequence) or not all(
+        isinstance(n, int) and not isinstance(n, bool) for n in shape
+    ):
+        raise TypeError(f"expected shape to be several ints, got {shape!r}")
+    if any(n < 0 for n in shape):
+        raise ValueError(f"expected shape to have no negative size, got {tuple(shape)}")
+    numel = math.prod(shape)
     if bits.dtype != torch.uint8 or bits.shape != ((numel + 7) // 8,):
         raise ValueError(
             f"expected {(numel + 7) // 8} bytes (uint8) for a mask of shape {tuple(shape)}, "
@@ -80,7 +88,7 @@ def mask_(tensors: Sequence[Tensor], bits: Sequence[Tensor]) -> Tensor:
     Raises:
         TypeError: a tensor is not floating point, or no tensor. Nothing is changed then.
         ValueError: a mask does not fit its tensor, the counts differ, or elements of a tensor share
-            memory (as after ``expand``). Nothing is changed then.
+            memory (as after ``expand``), or two tensors do. Nothing is changed then.
 
     Equivalent to:
         ``for t, b in zip(tensors, bits): t.masked_fill_(~unpack_mask(b, t.shape), 0)``
@@ -101,6 +109,7 @@ def mask_(tensors: Sequence[Tensor], bits: Sequence[Tensor]) -> Tensor:
                 f"a tensor of shape {tuple(t.shape)}, got {b.dtype} of shape {tuple(b.shape)} on "
                 f"{b.device}"
             )
+    check_apart("tensors", tensors)
     return mask_unchecked_(list(tensors), [b.contiguous() for b in bits])
 
 

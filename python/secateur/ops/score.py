@@ -25,7 +25,7 @@ instruction set and thread count.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -193,6 +193,8 @@ def check_formula(formula: str) -> None:
 
 
 def check_normalizer(name: str, normalizer: float) -> None:
+    if isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
+        raise TypeError(f"expected {name} to be a number, got {normalizer!r}")
     if not (math.isfinite(normalizer) and normalizer > 0):
         raise ValueError(f"expected {name} to be a positive finite number, got {normalizer}")
 
@@ -239,7 +241,11 @@ def _check_state(weight: Tensor, state: Tensor) -> None:
 
 
 def _check_block(block: tuple[int, int], reduce: str) -> None:
-    if len(block) != 2 or not all(isinstance(n, int) and n >= 1 for n in block):
+    if not isinstance(block, Sequence) or not all(
+        isinstance(n, int) and not isinstance(n, bool) for n in block
+    ):
+        raise TypeError(f"expected block to be (rows, columns), got {block!r}")
+    if len(block) != 2 or not all(1 <= n < 2**63 for n in block):
         raise ValueError(f"expected block to be (rows, columns), each at least 1, got {block}")
     if reduce not in REDUCTIONS:
         raise ValueError(f"expected reduce to be one of {', '.join(REDUCTIONS)}, got {reduce!r}")
