@@ -370,8 +370,6 @@ def rounding(p: Product, splits: int) -> list[Kernel]:
 
 def dw_by_outer_products(p: Product) -> list[Kernel]:
     """Where rows of a block are a multiple of 8."""
-    if p.n_blocks == 0:
-        return []
     rows, cols = p.block
     of_lane = 16 if rows % 16 == 0 else 8
     row_parts = ceil_div(rows, of_lane)
@@ -615,6 +613,12 @@ def main() -> None:
     shape = (args.shape[0], args.shape[1])
     if shape[0] % max(BLOCKS["bfloat16"]) or shape[1] % max(BLOCKS["bfloat16"]):
         parser.error(f"expected a shape that blocks of 128 divide, got {shape[0]} x {shape[1]}")
+    sparsest = args.density or min(DENSITIES)
+    if any(live_blocks(shape, b, sparsest) == 0 for each in BLOCKS.values() for b in each):
+        parser.error(
+            f"expected a shape with a live block of any size at density {sparsest}, got "
+            f"{shape[0]} x {shape[1]}"
+        )
 
     print(
         "PREDICTED from counted bytes and products and from what a GPU does at best: NOT MEASURED"
