@@ -614,9 +614,10 @@ def main() -> None:
     if shape[0] % max(BLOCKS["bfloat16"]) or shape[1] % max(BLOCKS["bfloat16"]):
         parser.error(f"expected a shape that blocks of 128 divide, got {shape[0]} x {shape[1]}")
     sparsest = args.density or min(DENSITIES)
-    if any(live_blocks(shape, b, sparsest) == 0 for each in BLOCKS.values() for b in each):
+    largest = max(max(blocks) for blocks in BLOCKS.values())
+    if not any(live_blocks(shape, largest, sparsest)):
         parser.error(
-            f"expected a shape with a live block of any size at density {sparsest}, got "
+            f"expected a shape with a live block of {largest} at density {sparsest}, got "
             f"{shape[0]} x {shape[1]}"
         )
 
