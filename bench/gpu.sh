@@ -142,7 +142,7 @@ for step in "${chosen[@]}"; do
     result=FAILED
     failed+=("$step")
   fi
-  summary+=("$(printf '%-9s %-8s %5d s  %s' "$step" "$result" $((SECONDS - began)) "$log")")
+  summary+=("$(printf '%-9s %-8s %5d s  %s' "$step" "$result" $((SECONDS - began)) "${log#/dev/null}")")
 done
 
 echo "== summary"

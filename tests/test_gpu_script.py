@@ -67,6 +67,18 @@ def test_a_dry_run_prints_the_commands_of_every_step() -> None:
         assert (ROOT / "bench" / f"{module}.py").is_file(), module
 
 
+def test_a_dry_run_leaves_the_logs_of_a_real_one() -> None:
+    log = ROOT / "build" / "gpu" / "bench.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    before = log.read_text() if log.exists() else None
+    log.write_text("of a real run\n")
+    try:
+        script("--dry-run", "bench")
+        assert log.read_text() == "of a real run\n"
+    finally:
+        log.unlink() if before is None else log.write_text(before)
+
+
 def test_steps_can_be_chosen_and_benchmarks_be_short() -> None:
     done = script("--dry-run", "--quick", "bench")
     assert list(summary(done.stdout)) == ["bench"]

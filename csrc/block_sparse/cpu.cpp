@@ -502,13 +502,13 @@ SECATEUR_TILE void batch_tile(const Side& s, int64_t line, const C* a, int64_t a
 
 // Lanes [v, lanes) in tiles of NV vectors, then of NV / 2, ...
 template <typename C, int R, int NV>
-inline void batch_lanes(const Side& s, int64_t line, const C* a, int64_t a_line, int64_t a_step,
+inline void batch_tiles(const Side& s, int64_t line, const C* a, int64_t a_line, int64_t a_step,
                         const C* b, int64_t lanes, int64_t v, C* out) {
   constexpr int W = kLanes<C>;
   for (; v + NV * W <= lanes; v += NV * W)
     batch_tile<C, R, NV>(s, line, a, a_line, a_step, b + v, lanes, out + v);
   if constexpr (NV > 1)
-    if (v < lanes) batch_lanes<C, R, NV / 2>(s, line, a, a_line, a_step, b, lanes, v, out);
+    if (v < lanes) batch_tiles<C, R, NV / 2>(s, line, a, a_line, a_step, b, lanes, v, out);
 }
 
 // features[count][lanes] (and zeros up to a multiple of the vector) to rows of the batch.
@@ -569,7 +569,7 @@ void run_batch(const Args& g, int64_t begin, int64_t end) {
         const auto run = [&](auto r) -> int64_t {
           constexpr int R = decltype(r)::value;
           constexpr int NV = std::clamp<int>(kAccumulators / R, 1, kBatchLanes / kLanes<C>);
-          batch_lanes<C, R, NV>(s, line, values + inside * a_line, a_line, a_step, right, lanes, 0,
+          batch_tiles<C, R, NV>(s, line, values + inside * a_line, a_line, a_step, right, lanes, 0,
                                 features + i * lanes);
           return r;
         };

@@ -272,8 +272,8 @@ def by_turns(calls: Sequence[_Call]) -> list[float]:
     """Seconds of each call: the lower decile, since neighbours on a machine only add.
 
     The calls take turns, so that a slow second of the machine is no single call's. In its turn a
-    call is made twice and the second is timed: what small operands have been pushed out of a cache
-    by would depend on who else has a turn.
+    call is made twice and the second is timed: the first finds in the caches what the other calls
+    left there, and which those are differs from one timing of it to the next.
     """
     times: list[list[float]] = [[] for _ in calls]
     rounds, spent = 0, 0.0

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.ops._checks import check_bool, check_float
+from secateur.ops._checks import check_bool, check_float, is_ints
 from secateur.ops.block_sparse import Pattern
 
 __all__ = ["BlockSparse", "Pattern", "block_size", "live_blocks"]
@@ -228,11 +228,7 @@ def block_size(block: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def _is_pair(pair: Any) -> bool:
-    return (
-        isinstance(pair, (tuple, list))
-        and len(pair) == 2
-        and all(isinstance(n, int) and not isinstance(n, bool) for n in pair)
-    )
+    return is_ints(pair) and len(pair) == 2
 
 
 def _check_matrix(name: str, t: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -41,16 +42,16 @@ def check_bool(name: str, t: Tensor) -> None:
         raise TypeError(f"expected {name} to be torch.bool, got {t.dtype}")
 
 
+def is_ints(value: object) -> TypeGuard[Sequence[int]]:
+    """Whether ``value`` is a list or tuple of ints, which torch may know by symbols only."""
+    return isinstance(value, (list, tuple)) and all(
+        isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) for n in value
+    )
+
+
 def check_writable(name: str, t: Tensor) -> None:
     """ValueError unless a kernel can write every element of ``t``, called ``name``, in place."""
-    extent = 1  # of the dimensions with smaller strides, in elements
-    steps = sorted((stride, size) for size, stride in zip(t.shape, t.stride(), strict=True))
-    for stride, size in steps if t.numel() > 0 else ():
-        if size > 1 and stride < extent:
-            extent = 0
-            break
-        extent += (size - 1) * stride
-    if extent == 0:
+    if _overlaps(t):
         raise ValueError(
             f"expected {name} to be a tensor whose elements do not share memory, got strides "
             f"{t.stride()} for shape {tuple(t.shape)}"
@@ -87,6 +88,17 @@ def check_apart(name: str, tensors: Sequence[Tensor]) -> None:
 def readable(t: Tensor) -> Tensor:
     """``t``, or a contiguous copy where it has more dimensions than kernels can walk."""
     return t if t.dim() <= MAX_DIMS or _merged_dims(t) <= MAX_DIMS else t.contiguous()
+
+
+def _overlaps(t: Tensor) -> bool:
+    """Whether a dimension steps into what those of smaller strides reach."""
+    reach = 0  # elements beyond the first
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)) if t.numel() > 0 else ():
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += (size - 1) * stride
+    return False
 
 
 def _merged_dims(t: Tensor) -> int:

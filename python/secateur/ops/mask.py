@@ -16,6 +16,7 @@ from secateur.ops._checks import (
     check_list,
     check_tensor,
     check_writable,
+    is_ints,
 )
 from secateur.ops._spec import OpSpec, Sample
 
@@ -59,9 +60,7 @@ def unpack_mask(bits: Tensor, shape: Sequence[int]) -> Tensor:
         ``numpy.unpackbits(bits, count=n, bitorder="little").reshape(shape)``
     """
     check_tensor("bits", bits)
-    if not isinstance(shape, Sequence) or not all(
-        isinstance(n, int) and not isinstance(n, bool) for n in shape
-    ):
+    if not is_ints(shape):
         raise TypeError(f"expected shape to be several ints, got {shape!r}")
     if any(n < 0 for n in shape):
         raise ValueError(f"expected shape to have no negative size, got {tuple(shape)}")

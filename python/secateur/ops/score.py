@@ -25,12 +25,12 @@ instruction set and thread count.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from secateur.ops._checks import check_float, check_tensor, check_writable, readable
+from secateur.ops._checks import check_float, check_tensor, check_writable, is_ints, readable
 from secateur.ops._spec import OpSpec, Sample
 
 FORMULAS: tuple[str, ...] = (
@@ -241,9 +241,7 @@ def _check_state(weight: Tensor, state: Tensor) -> None:
 
 
 def _check_block(block: tuple[int, int], reduce: str) -> None:
-    if not isinstance(block, Sequence) or not all(
-        isinstance(n, int) and not isinstance(n, bool) for n in block
-    ):
+    if not is_ints(block):
         raise TypeError(f"expected block to be (rows, columns), got {block!r}")
     if len(block) != 2 or not all(1 <= n < 2**63 for n in block):
         raise ValueError(f"expected block to be (rows, columns), each at least 1, got {block}")
