@@ -79,6 +79,15 @@ SECATEUR_INLINE inline void multiply_add(Tile<C, R, NV, W>& tile, const E* a, Li
   }
 }
 
+// Rows are taken in tiles of R, then of kFewer<R>. Eight are two tiles of four: what is left of six
+// and two would not hide the latency of its additions.
+template <int R>
+constexpr int kFewer = R == 6 ? 4 : R / 2;
+template <int R>
+constexpr bool in_tile(int64_t rows) {
+  return rows >= R && (R != 6 || rows != 8);
+}
+
 // Calls f(NV, j) for columns j, j + NV * W, ... below `limit` of a block that is `width` wide, NV
 // being the widest tile that fits; W divides `width`.
 template <int W, typename F>
@@ -190,6 +199,9 @@ struct Features {
   }
 };
 
+// From one row of a panel to the next: rows of 512 bytes would share an eighth of the sets of L1.
+constexpr int64_t panel_row(int64_t width) { return width % 128 == 0 ? width + 16 : width; }
+
 // Calls f(m, feature, count) for each row m of [begin, end) and each line of features, a few rows
 // at a time: memory streams along rows, and a panel gets more than a line of each.
 template <typename F>
@@ -207,7 +219,7 @@ template <typename T>
 void pack_panels(const T* from, int64_t stride, int64_t batch, const Features& features,
                  Compute<T>* to, int64_t begin, int64_t end) {
   for_panels(features, begin, end, [&](int64_t m, int64_t feature, int64_t count) {
-    Compute<T>* const row = to + feature * batch + m * features.width;
+    Compute<T>* const row = to + (feature / features.width * batch + m) * panel_row(features.width);
     widen_range(from + m * stride + feature, row, count);
     for (int64_t i = count; i < features.width; ++i) row[i] = 0;
   });
@@ -234,7 +246,7 @@ void pack_paired_panels(const BFloat16* from, int64_t stride, int64_t batch,
   const int64_t pairs = ceil_div(batch, 2);
   for_panels(features, begin, end, [&](int64_t m, int64_t feature, int64_t count) {
     const BFloat16* const first = from + 2 * m * stride + feature;
-    uint32_t* const row = to + feature * pairs + m * features.width;
+    uint32_t* const row = to + (feature / features.width * pairs + m) * panel_row(features.width);
     pair_rows(first, 2 * m + 1 < batch ? first + stride : nullptr, row, count);
     std::fill_n(row + count, features.width - count, 0u);
   });
@@ -292,8 +304,7 @@ void pack_transposed(const T* from, int64_t stride, int64_t batch, const Feature
 // ---------------------------------------------------------------- Features
 
 // The left operand of block `index` begins at a + index * a_block.
-template <typename T, int R, int NV, bool kAhead, typename E, typename B, typename Line,
-          typename Step>
+template <typename T, int R, int NV, typename E, typename B, typename Line, typename Step>
 SECATEUR_TILE void feature_tile(const Side& s, int64_t line, const E* a, int64_t a_block,
                                 Line a_line, Step a_step, const B* blocks, int64_t j,
                                 const Epilogue<T>& epilogue, T* out) {
@@ -305,15 +316,9 @@ SECATEUR_TILE void feature_tile(const Side& s, int64_t line, const E* a, int64_t
     unroll<NV>([&](auto v)
                    SECATEUR_INLINE { __builtin_prefetch(place + i * s.out_features + v * W, 1); });
   });
-  for (int64_t p = s.ptr[line]; p < s.ptr[line + 1]; ++p) {
-    const E* const left = a + s.index[p] * a_block;
-    if (kAhead && j == 0) {  // what the next tile reads, which follows
-      const int64_t size = R * s.inner_width;
-      for (int64_t i = 0; i < size; i += 64 / sizeof(E)) __builtin_prefetch(left + size + i);
-    }
-    multiply_add(tile, left, a_line, a_step, blocks + s.block(p) * s.line_width * s.inner_width + j,
-                 s.line_width, s.inner(p));
-  }
+  for (int64_t p = s.ptr[line]; p < s.ptr[line + 1]; ++p)
+    multiply_add(tile, a + s.index[p] * a_block, a_line, a_step,
+                 blocks + s.block(p) * s.line_width * s.inner_width + j, s.line_width, s.inner(p));
   const int64_t f = line * s.line_width + j;
   if (std::is_same_v<T, C> && f + NV * W <= s.out_features &&
       epilogue.activation == Activation::None) {
@@ -341,27 +346,26 @@ SECATEUR_TILE void feature_tile(const Side& s, int64_t line, const E* a, int64_t
   }
 }
 
-// Rows [m, end) of the batch in tiles of R, then of R / 2, ...
+// Rows [m, end) of the batch in tiles of R, then of fewer.
 template <typename T, int R, int NV, Layout kLayout, typename E, typename B>
 inline void feature_rows(const Args& g, const Side& s, int64_t line, int64_t j, const B* blocks,
                          const E* a, int64_t stride, int64_t m, int64_t end) {
   T* const out = static_cast<T*>(g.out);
   const Epilogue<T> epilogue(g);
-  for (; m + R <= end; m += R) {
+  for (; in_tile<R>(end - m); m += R) {
     T* const row = out + m * s.out_features;
     if constexpr (kLayout == Layout::Transposed) {
       const E* const left = a + m / kFewLanes * s.inner_features * kFewLanes + m % kFewLanes;
-      feature_tile<T, R, NV, false>(s, line, left, s.inner_width * kFewLanes, One{}, FewLanes{},
-                                    blocks, j, epilogue, row);
+      feature_tile<T, R, NV>(s, line, left, s.inner_width * kFewLanes, One{}, FewLanes{}, blocks, j,
+                             epilogue, row);
     } else {
-      constexpr bool panels = kLayout == Layout::Panels;
-      feature_tile<T, R, NV, panels>(s, line, a + m * stride,
-                                     s.inner_width * (panels ? g.batch : 1), stride, One{}, blocks,
-                                     j, epilogue, row);
+      const int64_t a_block = kLayout == Layout::Panels ? stride * g.batch : s.inner_width;
+      feature_tile<T, R, NV>(s, line, a + m * stride, a_block, stride, One{}, blocks, j, epilogue,
+                             row);
     }
   }
   if constexpr (R > 1)
-    if (m < end) feature_rows<T, R / 2, NV, kLayout>(g, s, line, j, blocks, a, stride, m, end);
+    if (m < end) feature_rows<T, kFewer<R>, NV, kLayout>(g, s, line, j, blocks, a, stride, m, end);
 }
 
 template <typename T, Layout kLayout, typename E, typename B>
@@ -455,8 +459,8 @@ void run_dots(const Args& g, int64_t begin, int64_t end) {
   const Side s = side_of(g);
   const bool in_place = g.plan.x == Layout::InPlace;
   const auto* const x = static_cast<const Compute<T>*>(in_place ? g.x : g.x_space);
-  const int64_t panel_stride = in_place ? g.cols : g.cols * g.batch;
-  const int64_t row_stride = in_place ? g.x_stride : g.cols;
+  const int64_t row_stride = in_place ? g.x_stride : panel_row(g.cols);
+  const int64_t panel_stride = in_place ? g.cols : row_stride * g.batch;
   for_groups(s.ptr, s.lines, 1, begin, end, [&](int64_t, int64_t line) {
     dot_rows<T, kAccumulators / 4>(g, s, line, x, panel_stride, row_stride, 0);
   });
@@ -599,7 +603,7 @@ template <typename E>
 Panels<E> panels_of(Layout layout, const void* data, int64_t stride, const void* space,
                     int64_t block, int64_t batch) {
   if (layout == Layout::InPlace) return {static_cast<const E*>(data), block, stride};
-  return {static_cast<const E*>(space), block * batch, block};
+  return {static_cast<const E*>(space), panel_row(block) * batch, panel_row(block)};
 }
 
 constexpr int64_t kPart = 64;  // rows and columns of a block that are accumulated at a time
@@ -616,38 +620,46 @@ struct Broadcast {
   const E* at(int64_t m) const { return base + m / lanes * lanes_stride + m % lanes * step; }
 };
 
-// part[i..][j..] += dy^T x over rows [begin, end) of the batch, in tiles of R rows, then fewer;
-// eight are two tiles of four.
+// part[i..][j..] = dy^T x over rows [begin, end) of the batch, or adds it. Sums of earlier rows are
+// read at the end, so that no multiply-add waits for them.
 template <typename C, int W, int R, int NV, typename E, typename D>
 SECATEUR_TILE void outer_rows(const D& dy, const E* x, int64_t x_stride, int64_t begin, int64_t end,
-                              C* part, int64_t stride, int64_t i, int64_t rows) {
-  for (; i + R <= rows && (R != 6 || rows - i != 8); i += R) {
-    Tile<C, R, NV, W> tile;
+                              bool add, C* part, int64_t stride, int64_t i, int64_t rows) {
+  for (; in_tile<R>(rows - i); i += R) {
+    Tile<C, R, NV, W> tile = {};
     C* const to = part + i * stride;
-    unroll<R>([&](auto r) SECATEUR_INLINE {
-      unroll<NV>([&](auto v)
-                     SECATEUR_INLINE { tile.acc[r][v] = load<W>(to + r * stride + v * W); });
+    unroll<R>([&](auto r) SECATEUR_INLINE {  // in time for the store, however far the memory is
+      unroll<NV>([&](auto v) SECATEUR_INLINE { __builtin_prefetch(to + r * stride + v * W, 1); });
     });
     for (int64_t m = begin; m < end; m += dy.lanes)
       multiply_add(tile, dy.at(m) + i * dy.line, dy.line, dy.step, x + m * x_stride, x_stride,
                    std::min(dy.lanes, end - m));
-    unroll<R>([&](auto r) SECATEUR_INLINE {
-      unroll<NV>([&](auto v)
-                     SECATEUR_INLINE { store<W>(to + r * stride + v * W, tile.acc[r][v]); });
-    });
+    if (add) {
+      unroll<R>([&](auto r) SECATEUR_INLINE {
+        unroll<NV>([&](auto v) SECATEUR_INLINE {
+          C* const place = to + r * stride + v * W;
+          store<W>(place, load<W>(place) + tile.acc[r][v]);
+        });
+      });
+    } else {
+      unroll<R>([&](auto r) SECATEUR_INLINE {
+        unroll<NV>([&](auto v)
+                       SECATEUR_INLINE { store<W>(to + r * stride + v * W, tile.acc[r][v]); });
+      });
+    }
   }
-  constexpr int kFewer = R == 6 ? 4 : R / 2;
   if constexpr (R > 1)
-    if (i < rows) outer_rows<C, W, kFewer, NV>(dy, x, x_stride, begin, end, part, stride, i, rows);
+    if (i < rows)
+      outer_rows<C, W, kFewer<R>, NV>(dy, x, x_stride, begin, end, add, part, stride, i, rows);
 }
 
 template <typename C, int W, typename E, typename D>
-void outer_part(const D& dy, const E* x, int64_t x_stride, int64_t begin, int64_t end, C* part,
-                int64_t stride, int64_t rows, int64_t cols) {
+void outer_part(const D& dy, const E* x, int64_t x_stride, int64_t begin, int64_t end, bool add,
+                C* part, int64_t stride, int64_t rows, int64_t cols) {
   for_vectors<W>(cols, cols, [&](auto nv, int64_t j) {
     constexpr int NV = decltype(nv)::value;
     constexpr int R = NV == 1 ? kAccumulators : kFeatureAccumulators / NV;
-    outer_rows<C, W, R, NV>(dy, x + j, x_stride, begin, end, part + j, stride, 0, rows);
+    outer_rows<C, W, R, NV>(dy, x + j, x_stride, begin, end, add, part + j, stride, 0, rows);
   });
 }
 
@@ -676,17 +688,16 @@ void run_outer(const Args& g, int64_t begin, int64_t end) {
         C* const place = sums + (p * g.rows + i0) * g.cols + j0;
         C* const to = whole ? place : part;
         const int64_t stride = whole ? g.cols : kPart;
-        for (int64_t i = 0; i < rows; ++i) {
-          if (g.first_part)
-            std::fill_n(to + i * stride, cols, C{0});
-          else if (!whole)
+        if (!whole && !g.first_part)
+          for (int64_t i = 0; i < rows; ++i)
             std::copy_n(place + i * g.cols, cols, part + i * kPart);
-        }
         const E* const right = x.base + g.col[p] * x.panel_stride + j0;
         const auto sum = [&](const auto& left) {
-          for (int64_t m = 0; m < batch; m += depth)
-            outer_part<C, W>(left, right, x.row_stride, m, std::min(m + depth, batch), to, stride,
-                             rows, cols);
+          int64_t m = 0;
+          do {  // once for an empty batch, too
+            outer_part<C, W>(left, right, x.row_stride, m, std::min(m + depth, batch),
+                             m > 0 || !g.first_part, to, stride, rows, cols);
+          } while ((m += depth) < batch);
         };
         if (g.plan.dy == Layout::Transposed) {
           const E* const left =
@@ -973,7 +984,7 @@ Plan plan_for(const Args& g) {
                            int64_t& bytes, Stage& stage) {
     where = layout;
     if (layout == Layout::Panels) {
-      bytes = ceil_div(features, block) * block * batch * kBytes;
+      bytes = ceil_div(features, block) * panel_row(block) * batch * kBytes;
       stage = panels_stage(batch, features);
     } else if (layout == Layout::Transposed) {
       bytes = ceil_div(batch, plan.panel) * plan.panel * packed_features(features) * kBytes;
@@ -1065,7 +1076,7 @@ Plan plan_for(const Args& g) {
     plan.method = Method::Features;
     plan.panel = kFeaturePanel;
     // Narrow tiles read many rows at once, too many to follow where they lie.
-    const bool wide = s.line_width >= 4 * W && (forward || kVectorRegisters == 32);
+    const bool wide = s.line_width >= 4 * W && kVectorRegisters == 32;
     const bool in_place =
         (!kNarrow || plan.pairs) && (few || (wide && (!g.shares_dy || plan.pairs)));
     lay_out_left(in_place ? Layout::InPlace : kFeatureLayout);
@@ -1181,7 +1192,8 @@ void run_for(const Args& g, int64_t begin, int64_t end) {
     if (in_place)
       run_features<T, Layout::InPlace>(g, blocks, left, stride, begin, end);
     else
-      run_features<T, kFeatureLayout>(g, blocks, left, forward ? g.cols : g.rows, begin, end);
+      run_features<T, kFeatureLayout>(g, blocks, left, panel_row(forward ? g.cols : g.rows), begin,
+                                      end);
   };
   if (g.values_space)
     run(static_cast<const C*>(g.values_space));
