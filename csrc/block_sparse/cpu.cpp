@@ -504,7 +504,7 @@ SECATEUR_TILE void batch_tile(const Side& s, int64_t line, const C* a, int64_t a
   });
 }
 
-// Lanes [v, lanes) in tiles of NV vectors, then of NV / 2, ...
+// Lanes [v, lanes) in tiles of NV vectors, then of fewer.
 template <typename C, int R, int NV>
 inline void batch_tiles(const Side& s, int64_t line, const C* a, int64_t a_line, int64_t a_step,
                         const C* b, int64_t lanes, int64_t v, C* out) {
@@ -512,7 +512,8 @@ inline void batch_tiles(const Side& s, int64_t line, const C* a, int64_t a_line,
   for (; v + NV * W <= lanes; v += NV * W)
     batch_tile<C, R, NV>(s, line, a, a_line, a_step, b + v, lanes, out + v);
   if constexpr (NV > 1)
-    if (v < lanes) batch_tiles<C, R, NV / 2>(s, line, a, a_line, a_step, b, lanes, v, out);
+    if (v < lanes)
+      batch_tiles<C, R, NV == 3 ? 2 : NV / 2>(s, line, a, a_line, a_step, b, lanes, v, out);
 }
 
 // features[count][lanes] (and zeros up to a multiple of the vector) to rows of the batch.
@@ -572,7 +573,8 @@ void run_batch(const Args& g, int64_t begin, int64_t end) {
         const int64_t left = std::min(count - i, s.line_width - inside);
         const auto run = [&](auto r) -> int64_t {
           constexpr int R = decltype(r)::value;
-          constexpr int NV = std::clamp<int>(kAccumulators / R, 1, kBatchLanes / kLanes<C>);
+          constexpr int kSums = R > 1 ? kFeatureAccumulators : kAccumulators;
+          constexpr int NV = std::clamp<int>(kSums / R, 1, kBatchLanes / kLanes<C>);
           batch_tiles<C, R, NV>(s, line, values + inside * a_line, a_line, a_step, right, lanes, 0,
                                 features + i * lanes);
           return r;
@@ -707,6 +709,8 @@ void run_outer(const Args& g, int64_t begin, int64_t end) {
           };
           if (g.plan.panel == kFewLanes)
             sum_lanes(std::integral_constant<int64_t, kFewLanes>{});
+          else if (g.plan.panel == kFeaturePanel)
+            sum_lanes(std::integral_constant<int64_t, kFeaturePanel>{});
           else
             sum_lanes(std::integral_constant<int64_t, kBatchLanes>{});
         } else {
@@ -841,9 +845,8 @@ void run_dot_weights(const Args& g, int64_t begin, int64_t end) {
 // dX of one column and dW of its weights, over NV vectors of the batch: each vector of dY that is
 // read serves both. `values` and `sums` are in column order.
 template <typename C, int NV>
-SECATEUR_INLINE inline void backward_tile(const Side& s, int64_t line, const C* values, const C* dy,
-                                          const C* x, int64_t lanes, bool accumulate, C* dx,
-                                          C* sums) {
+SECATEUR_TILE void backward_tile(const Side& s, int64_t line, const C* values, const C* dy,
+                                 const C* x, int64_t lanes, bool accumulate, C* dx, C* sums) {
   constexpr int W = kLanes<C>;
   Vec<C, W> held[NV], acc[NV] = {};
   unroll<NV>([&](auto v) SECATEUR_INLINE { held[v] = load<W>(x + v * W); });
@@ -1014,13 +1017,13 @@ Plan plan_for(const Args& g) {
   };
 
   const int64_t batch_lanes = g.batch > 2 * kFewLanes ? kBatchLanes : kFewLanes;
-  // On 16 registers a panel that lines gather from had better stay in L2, and a tile is no wider
-  // than a panel of kFewLanes where it has several rows.
+  // On 16 registers tiles of several rows take three vectors, and a panel that single weights
+  // gather from had better stay in L2.
   const auto gather_lanes = [&](int64_t inner_features) {
     int64_t lanes = batch_lanes;
-    if (kVectorRegisters == 16)
-      while (lanes > kFewLanes && (block_size > 1 || inner_features * lanes * kBytes > 1 << 17))
-        lanes /= 2;
+    if (kVectorRegisters == 32 || lanes == kFewLanes) return lanes;
+    if (block_size > 1) return kFeaturePanel;
+    while (lanes > kFewLanes && inner_features * lanes * kBytes > 1 << 17) lanes /= 2;
     return lanes;
   };
   if (g.product == Product::Backward) {
@@ -1140,6 +1143,10 @@ void pack_blocks(const Args& g, int64_t begin, int64_t end) {
   auto* const to = static_cast<C*>(g.values_space);
   const int64_t size = g.rows * g.cols;
   if (g.plan.reorder_values) {
+    if (size == 1) {
+      for (int64_t q = begin; q < end; ++q) to[q] = widen(from[g.position_t[q]]);
+      return;
+    }
     for (int64_t q = begin; q < end; ++q)
       for (int64_t e = 0; e < size; ++e) to[q * size + e] = widen(from[g.position_t[q] * size + e]);
     return;
