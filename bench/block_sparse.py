@@ -286,6 +286,7 @@ def measured(
             "of peak": work / ours / peak,
             "GB/s": traffic / ours / 1e9,
             "of read": traffic / ours / bandwidth,
+            "best x dense": times["dense"].best / times["ours"].best,
             "calls": times["ours"].calls,
             "error": times["ours"].error,
             "dense error": times["dense"].error,
@@ -312,6 +313,8 @@ def printed(row: Mapping[str, Any]) -> dict[str, str]:
     for other in peers():
         factor = row[f"x {other}"]
         shown[f"x {other}"] = harness.text(factor) + (" <" if factor and factor < 1 else "")
+        if other == "dense":
+            shown["best x dense"] = harness.text(row["best x dense"])
     counts = [row["calls"], *(row[f"{other} calls"] for other in peers())]
     return shown | {"calls": str(min(count for count in counts if count))}
 

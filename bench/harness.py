@@ -61,9 +61,10 @@ class Call:
 
 @dataclass(frozen=True)
 class Timing:
-    """Median seconds of a call, of how many, and what its check returned."""
+    """Median seconds of a call, the least, of how many, and what its check returned."""
 
     seconds: float
+    best: float
     calls: int
     error: float | None
 
@@ -105,7 +106,10 @@ def measure(calls: Mapping[str, Call], seconds: float, timer: Timer) -> dict[str
         rounds += 1
         if rounds == FEWEST:
             active = [name for name in active if statistics.median(times[name]) <= SLOW]
-    return {name: Timing(statistics.median(t), len(t), errors[name]) for name, t in times.items()}
+    return {
+        name: Timing(statistics.median(t), min(t), len(t), errors[name])
+        for name, t in times.items()
+    }
 
 
 def clock() -> tuple[Clock, str]:
