@@ -441,14 +441,14 @@ def counted(emulator: Emulator, run: Run) -> list[int]:
 
 
 @pytest.mark.parametrize("flavour", ["checked", "ptx"])
-def test_bytes_and_matrix_products_are_counted(
+def test_bytes_matrix_products_and_launches_are_counted(
     flavour: str, request: pytest.FixtureRequest
 ) -> None:
     emulator: Emulator = request.getfixturevalue(flavour)
     # Each of 5 blocks adds its part to the sum by an atomic.
-    assert counted(emulator, run_sum) == [3000 * 4 + 5 * 4, 5 * 4, 0]
+    assert counted(emulator, run_sum) == [3000 * 4 + 5 * 4, 5 * 4, 0, 1]
     # Every tile of 32 x 32 fetches what lies within the matrices, and takes 16 products a
     # stage of 32.
     rows, cols, depth = 50, 40, 104
     read = (rows * 2 + cols * 2) * depth * 2
-    assert counted(emulator, run_matmul) == [read, rows * cols * 4, 2 * 2 * 4 * 16]
+    assert counted(emulator, run_matmul) == [read, rows * cols * 4, 2 * 2 * 4 * 16, 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -63,9 +64,10 @@ def check(
         actual = emulated.call("score_update_", s, *args)
         assert same_bits(s.contiguous(), theirs.contiguous()), case
     else:
-        args = (w, g, s if mode == "state" else None, formula, *block, reduce, 50.0, 7)
-        expected = torch.ops.secateur.score(*args)
-        actual = emulated.call("score", *args)
+        states, blocks = [s] if mode == "state" else [], ([block[0]], [block[1]])
+        args = ([w], [g], states, formula, *blocks, reduce, [50.0], [7])
+        (expected,) = torch.ops.secateur.score(*args)
+        (actual,) = emulated.call("score", *args)
     assert same_bits(actual, expected), case
 
 
@@ -109,8 +111,85 @@ def test_a_nan_wins_on_the_way_down_and_across(emulated: EmulatedOps) -> None:
         w = torch.randn(20, 31)
         w[row, col] = float("nan")
         for block in ((20, 31), (1, 31), (20, 1)):
-            args = (w, None, None, "given", *block, "max", 1.0, 0)
+            blocks = [block[0]], [block[1]]
             expected = ops.score(w, formula="given", block=block, reduce="max")
-            actual = emulated.call("score", *args)
+            (actual,) = emulated.call("score", [w], [], [], "given", *blocks, "max", [1.0], [0])
             assert expected.isnan().sum() == 1
             torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+# Many tensors
+
+MANY = [
+    *((shape, block) for shape, block in BLOCKS.values()),
+    ((0,), (1, 1)),
+    ((3, 0), (2, 2)),
+    ((), (1, 1)),
+    ((17, 5), (1, 1)),
+    ((64, 72), (1, 1)),
+]
+
+
+def scored(
+    emulated: EmulatedOps,
+    inputs: Sequence[tuple[Tensor, Tensor, Tensor]],
+    blocks: Sequence[tuple[int, int]],
+    mode: str = "observe",
+    reduce: str = "sum",
+) -> int:
+    """How many launches they took, the bits being those that the CPU has for each alone."""
+    weights, grads, states = (list(column) for column in zip(*inputs, strict=True))
+    rows, cols = (list(sizes) for sizes in zip(*blocks, strict=True))
+    normalizers, seeds = [1.0 + i for i in range(len(rows))], list(range(len(rows)))
+    if mode == "observe":
+        formula, states = "taylor", []
+    else:
+        formula, grads = "obd", []
+    before = emulated.emulator.counters().launches
+    actual = emulated.call(
+        "score", weights, grads, states, formula, rows, cols, reduce, normalizers, seeds
+    )
+    assert len(actual) == len(weights)
+    for i, (w, block) in enumerate(zip(weights, blocks, strict=True)):
+        expected = ops.score(
+            w,
+            grads[i] if grads else None,
+            states[i] if states else None,
+            formula=formula,
+            block=block,
+            reduce=reduce,
+            normalizer=normalizers[i],
+            seed=seeds[i],
+        )
+        assert same_bits(actual[i], expected), f"{i} {mode} {tuple(w.shape)} {w.dtype} {block}"
+    return emulated.emulator.counters().launches - before
+
+
+@pytest.mark.parametrize("mode", ["observe", "state"])
+def test_many_tensors_of_any_shape_dtype_and_layout(mode: str, emulated: EmulatedOps) -> None:
+    blocks = [block for _, block in MANY] * len(FLOATS)
+    shapes = [shape for shape, _ in MANY] * len(FLOATS)
+    for seed, reduce in enumerate(REDUCTIONS):
+        emulated.emulator.set_seed(seed % 3)
+        inputs = [draw(shape, FLOATS[i // len(MANY)]) for i, shape in enumerate(shapes)]
+        for i in range(seed, len(inputs), 4):
+            w, g, s = inputs[i]
+            if w.dim() == 2:
+                inputs[i] = (w.t().contiguous().t(), g, s)
+        # By kernel, dtype and pass, and at most seven strided ones together.
+        assert scored(emulated, inputs, blocks, mode, reduce) < len(inputs) * 3 // 4
+
+
+def test_tensors_of_one_kernel_share_launches(emulated: EmulatedOps) -> None:
+    for block, passes in (((1, 1), 1), ((4, 8), 1), ((1, 304), 1), ((2, 304), 2)):
+        inputs = [draw((4 + i % 3, 304), torch.bfloat16) for i in range(28)]
+        assert scored(emulated, inputs, [block] * 28) == passes
+        assert scored(emulated, inputs * 2, [block] * 56) == 2 * passes
+        inputs = [(w[:, 1:], g[:, 1:], s) for w, g, s in inputs[:7]]
+        assert scored(emulated, inputs, [block] * 7) == passes
+
+
+def test_of_nothing_nothing_is_launched(emulated: EmulatedOps) -> None:
+    assert (
+        scored(emulated, [draw((0,), torch.float32), draw((2, 0), torch.half)], [(2, 2)] * 2) == 0
+    )

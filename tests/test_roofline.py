@@ -190,8 +190,9 @@ def test_bytes_of_scores_are_counted(
     w = torch.ones(shape, dtype=dtype)
     kernels = roofline.score(shape, block, 2 * w.itemsize)
     rows, cols = block or (1, 1)
-    got = counted(checked, "score", w, w, None, "taylor", rows, cols, "sum", 1.0, 0)
+    got = counted(checked, "score", [w], [w], [], "taylor", [rows], [cols], "sum", [1.0], [0])
     assert (total(kernels, "read"), total(kernels, "written")) == (got.read, got.written)
+    assert got.launches == len(kernels)
     if block is None:
         kernels = roofline.score(shape, block, 2 * w.itemsize, state=True)
         state = torch.ones(shape)

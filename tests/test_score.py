@@ -272,6 +272,69 @@ def test_random_is_uniform() -> None:
     assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < 0.005
 
 
+# Many weights
+
+
+def many() -> list[tuple[Tensor, tuple[int, int]]]:
+    """(weight, block): small and large ones, of all dtypes, empty and strided."""
+    shapes = ((), (0,), (7,), (3, 0, 4), (5, 13), (33, 40), (6, 5, 3, 3), (2, 2100), (300, 500))
+    blocks = ((1, 1), (2, 3), (1, 1 << 12), (1 << 12, 1), (32, 32))
+    found = [
+        (randn(*shape, seed=i, dtype=FLOATS[i % len(FLOATS)]), blocks[i % len(blocks)])
+        for i, shape in enumerate(shapes * 5)
+    ]
+    found.append((randn(9, 40)[:, ::2].t(), (4, 4)))
+    found.append((randn(*[2] * 9).permute(*range(8, -1, -1)), (2, 3)))
+    return found
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+def test_each_as_if_alone(reduce: str, count: int, isa: str) -> None:
+    torch.set_num_threads(count)
+    weights, blocks = (list(column) for column in zip(*many(), strict=True))
+    n = len(weights)
+    grads = [randn(*w.shape, seed=50 + i, dtype=w.dtype) for i, w in enumerate(weights)]
+    states = [g.abs().to(compute_dtype(g.dtype)) for g in grads]
+    by = {"normalizers": [1.0 + i for i in range(n)], "seeds": list(range(n))}
+    lists = {
+        "taylor": (grads, None),
+        "entropy": (None, None),
+        "random": (grads, None),
+        "obd": (None, states),
+    }
+    for formula, (gs, ss) in lists.items():
+        got = ops.score_each(weights, gs, ss, formula=formula, blocks=blocks, reduce=reduce, **by)
+        assert len(got) == n
+        for i, w in enumerate(weights):
+            want = ops.score(
+                w,
+                gs[i] if gs else None,
+                ss[i] if ss else None,
+                formula=formula,
+                block=blocks[i],
+                reduce=reduce,
+                normalizer=by["normalizers"][i],
+                seed=by["seeds"][i],
+            )
+            assert got[i].dtype == want.dtype
+            assert torch.equal(got[i], want), (formula, i)
+
+
+def test_each_by_default() -> None:
+    weights = [randn(3, 4), randn(5, dtype=torch.float64).requires_grad_()]
+    for formula in ("magnitude", "entropy", "random"):
+        got = ops.score_each(weights, formula=formula)
+        for x, w in zip(got, weights, strict=True):
+            assert torch.equal(x, ops.score(w, formula=formula))
+            assert not x.requires_grad
+
+
+def test_each_of_none() -> None:
+    assert ops.score_each([], formula="magnitude") == []
+    assert ops.score_each([], [], [], formula="taylor", blocks=[], normalizers=[], seeds=[]) == []
+
+
 # Bad input
 
 W = torch.ones(4, 6)
@@ -308,6 +371,39 @@ def test_bad_score(change: dict[str, Any], error: type[Exception], match: str) -
     call: dict[str, Any] = {"weight": W, "formula": "magnitude"} | change
     with pytest.raises(error, match=match):
         ops.score(call.pop("weight"), **call)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"formula": "worth"}, ValueError, "given, magnitude, .*got 'worth'"),
+        ({"formula": "taylor"}, ValueError, "grads for formula 'taylor', got None"),
+        ({"reduce": "median"}, ValueError, "sum, mean, max, l2, got 'median'"),
+        ({"weights": W}, TypeError, "weights to be a list of Tensors, got a Tensor"),
+        ({"weights": [W, W.int()]}, TypeError, r"weights\[1\] to be float32.*int32"),
+        ({"weights": [W, 1.0]}, TypeError, r"weights\[1\] to be a Tensor, got float"),
+        ({"weights": [W, W.to("meta")]}, ValueError, r"one device, got cpu and, weights\[1\], m"),
+        ({"grads": W}, TypeError, "grads to be a list"),
+        ({"grads": [W]}, ValueError, "2 grads, one a weight, got 1"),
+        ({"grads": [W, None]}, TypeError, r"grads\[1\] to be a Tensor, got NoneType"),
+        ({"grads": [W, W.half()]}, TypeError, r"grads\[1\] to be .*float32 \(weights\[1\] is"),
+        ({"grads": [W, W.t()]}, ValueError, r"grads\[1\] to have the shape of weights\[1\]"),
+        ({"states": [W]}, ValueError, "2 states, one a weight, got 1"),
+        ({"states": [W, W.half()]}, TypeError, r"states\[1\] to be torch.float32.*float16"),
+        ({"blocks": [(1, 1)]}, ValueError, "2 blocks, one a weight, got 1"),
+        ({"blocks": (1, 1)}, TypeError, r"blocks\[0\] to be \(rows, columns\), got 1"),
+        ({"blocks": [(1, 1), (0, 1)]}, ValueError, r"blocks\[1\] .* at least 1, got \(0, 1\)"),
+        ({"normalizers": [1.0]}, ValueError, "2 normalizers, one a weight, got 1"),
+        ({"normalizers": 1.0}, TypeError, "normalizers to be a list"),
+        ({"normalizers": [1.0, 0.0]}, ValueError, r"normalizers\[1\] to be a positive.*got 0.0"),
+        ({"seeds": [1]}, ValueError, "2 seeds, one a weight, got 1"),
+        ({"seeds": [1, 0.5]}, TypeError, r"seeds\[1\] to be an int, got 0.5"),
+    ],
+)
+def test_bad_lists(change: dict[str, Any], error: type[Exception], match: str) -> None:
+    call: dict[str, Any] = {"weights": [W, W], "formula": "magnitude"} | change
+    with pytest.raises(error, match=match):
+        ops.score_each(call.pop("weights"), **call)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 #pragma once
 // Scores of neighbouring logical elements in the registers of one CUDA thread; for cuda.cu files,
-// as evaluate.h is for cpu.cpp files. S is the storage type of weight and gradient; state and
+// as evaluate.h is for cpu.cpp files. In is ScoreInputs, or the same with less of the views where
+// runs are loaded by vectors. S is the storage type of weight and gradient; state and
 // scores are of type Compute<S>. Index and length of a run that is loaded by vectors are multiples
 // of its N.
 #include "common/kernels.cuh"
@@ -39,9 +40,9 @@ struct Packed {
 
   uint4 vectors[N / kPerVector] = {};
 
-  __device__ void load(const View& t, int64_t index) {
-    if (!t.data) return;
-    const S* const data = global(static_cast<const S*>(t.data));
+  __device__ void load(const void* memory, int64_t index) {
+    if (!memory) return;
+    const S* const data = global(static_cast<const S*>(memory));
     const uint4* const from = reinterpret_cast<const uint4*>(data + index);
 #pragma unroll
     for (int v = 0; v < N / kPerVector; ++v) vectors[v] = from[v];
@@ -65,10 +66,11 @@ struct PackedOperands {
   Packed<S, N> weight, grad;
   Packed<Compute<S>, N> state;
 
-  __device__ void load(const ScoreInputs& in, int64_t index) {
-    weight.load(in.weight, index);
-    grad.load(in.grad, index);
-    state.load(in.state, index);
+  template <typename In>
+  __device__ void load(const In& in, int64_t index) {
+    weight.load(in.weight.data, index);
+    grad.load(in.grad.data, index);
+    state.load(in.state.data, index);
   }
 
   __device__ Operands<Compute<S>, N> widened() const {
@@ -82,8 +84,8 @@ struct PackedOperands {
 
 // Elements index..index + count, count < N, of inputs that lie as in_vectors() wants; zero in the
 // others.
-template <typename S, int N>
-__device__ Operands<Compute<S>, N> load_first(const ScoreInputs& in, int64_t index, int count) {
+template <typename S, int N, typename In>
+__device__ Operands<Compute<S>, N> load_first(const In& in, int64_t index, int count) {
   Operands<Compute<S>, N> x = {};
 #pragma unroll
   for (int i = 0; i < N; ++i) {
@@ -126,9 +128,8 @@ __device__ Operands<Compute<T>, 1> load_one(const ScoreInputs& in, int64_t index
 // The scores of elements index..index + N; Mode::Update leaves the new state in x.state. The steps
 // of score() in common/score.h one after the other for all elements, so that the code of a formula
 // is there once for all modes.
-template <typename T, int N>
-__device__ void scores(const ScoreInputs& in, Mode mode, Operands<T, N>& x, int64_t index,
-                       T (&out)[N]) {
+template <typename T, int N, typename In>
+__device__ void scores(const In& in, Mode mode, Operands<T, N>& x, int64_t index, T (&out)[N]) {
   if (mode == Mode::State) {
 #pragma unroll
     for (int i = 0; i < N; ++i) out[i] = recall(x.state[i], in.params);

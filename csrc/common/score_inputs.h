@@ -3,6 +3,7 @@
 #include <iterator>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "common/formula.h"
 #include "common/torch.h"
@@ -21,6 +22,24 @@ Enum parse_name(const char* op, const char* argument, const char* const (&names)
   STD_TORCH_CHECK(false, op, ": expected ", argument, " to be one of ", expected, ", got '", name,
                   "'");
   return Enum{};
+}
+
+// What a list that may be empty has for the i-th weight.
+template <typename T>
+std::optional<T> at(const std::vector<T>& list, size_t i) {
+  return list.empty() ? std::nullopt : std::optional<T>(list[i]);
+}
+
+inline void check_length(const char* op, const char* name, size_t length, size_t expected,
+                         bool required) {
+  STD_TORCH_CHECK(length == expected || (length == 0 && !required), op, ": expected ", expected,
+                  " ", name, ", one a weight, got ", length);
+}
+
+inline void check_device(const char* op, const std::vector<Tensor>& weights, size_t i) {
+  STD_TORCH_CHECK(weights[i].device() == weights[0].device(), op,
+                  ": expected weights on one device, got weights[", i,
+                  "] on another one than weights[0]");
 }
 
 inline void check_like(const char* op, const char* argument, const Tensor& t, const Tensor& weight,

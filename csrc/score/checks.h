@@ -2,6 +2,7 @@
 // What the ops of every device check alike; for op.cpp and op_cuda.cpp.
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "common/score_inputs.h"
 #include "common/torch.h"
@@ -9,7 +10,7 @@
 
 namespace secateur::score {
 
-// All of a kernel's arguments but the blocks and what is written there.
+// All of a kernel's arguments but where scores are written, by blocks of one element.
 inline Args checked_args(const char* op, const Tensor& weight, const std::optional<Tensor>& grad,
                          const std::optional<Tensor>& state, Mode mode, const std::string& formula,
                          const ScoreParams& params) {
@@ -20,14 +21,8 @@ inline Args checked_args(const char* op, const Tensor& weight, const std::option
   args.n_rows = weight.dim() == 0 ? 1 : weight.size(0);
   args.n_cols = 1;
   for (int64_t d = 1; d < weight.dim(); ++d) args.n_cols *= weight.size(d);
+  args.rows = args.cols = 1;
   return args;
-}
-
-inline Args score_args(const char* op, const Tensor& weight, const std::optional<Tensor>& grad,
-                       const std::optional<Tensor>& state, const std::string& formula,
-                       double normalizer, int64_t seed) {
-  return checked_args(op, weight, grad, state, state ? Mode::State : Mode::Observe, formula,
-                      {normalizer, 0, 0, static_cast<uint64_t>(seed)});
 }
 
 // Of an op that updates `state`.
@@ -56,9 +51,55 @@ inline Tensor new_scores(const Tensor& weight, Args& args) {
   return out;
 }
 
-// Whether every score is one element's, so that nothing is reduced.
-inline bool by_elements(const Args& args) {
-  return args.rows == 1 && args.cols == 1 && args.reduce != Reduce::L2;
+// What is written, and the arguments of those tensors that have elements.
+struct Prepared {
+  std::vector<Tensor> scores;
+  std::vector<Args> tensors;
+};
+
+// Of `args` as checked so far.
+inline void add_scores(const char* op, Prepared& prepared, Args args, const Tensor& weight,
+                       int64_t rows, int64_t cols, const std::string& reduce) {
+  check_blocks(op, args, rows, cols, reduce);
+  prepared.scores.push_back(new_scores(weight, args));
+  if (weight.numel() > 0) prepared.tensors.push_back(args);
+}
+
+inline Prepared prepare_score(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads,
+                              const std::vector<Tensor>& states, const std::string& formula,
+                              const std::vector<int64_t>& rows, const std::vector<int64_t>& cols,
+                              const std::string& reduce, const std::vector<double>& normalizers,
+                              const std::vector<int64_t>& seeds) {
+  constexpr const char* op = "score";
+  const size_t n = weights.size();
+  STD_TORCH_CHECK(n > 0, op, ": expected at least one weight, got none");
+  check_length(op, "grads", grads.size(), n, false);
+  check_length(op, "states", states.size(), n, false);
+  check_length(op, "rows", rows.size(), n, true);
+  check_length(op, "cols", cols.size(), n, true);
+  check_length(op, "normalizers", normalizers.size(), n, true);
+  check_length(op, "seeds", seeds.size(), n, true);
+  const Mode mode = states.empty() ? Mode::Observe : Mode::State;
+  Prepared prepared;
+  for (size_t i = 0; i < n; ++i) {
+    check_device(op, weights, i);
+    const ScoreParams params{normalizers[i], 0, 0, static_cast<uint64_t>(seeds[i])};
+    const Args args =
+        checked_args(op, weights[i], at(grads, i), at(states, i), mode, formula, params);
+    add_scores(op, prepared, args, weights[i], rows[i], cols[i], reduce);
+  }
+  return prepared;
+}
+
+inline Prepared prepare_update(const Tensor& state, const Tensor& weight,
+                               const std::optional<Tensor>& grad, const std::string& formula,
+                               double decay, double gain, int64_t rows, int64_t cols,
+                               const std::string& reduce, double normalizer) {
+  constexpr const char* op = "score_update_";
+  Prepared prepared;
+  add_scores(op, prepared, update_args(op, state, weight, grad, formula, decay, gain, normalizer),
+             weight, rows, cols, reduce);
+  return prepared;
 }
 
 }  // namespace secateur::score

@@ -8,7 +8,12 @@
 //                  strips of them or a part of one
 //   rows_kernel    wider blocks of one row: a tile holds a part of four or eight rows
 // Wider blocks of several rows take both: the columns of a strip, then those as rows.
+// Tensors that want the same kernel share its launches: it takes them as a table in its parameters,
+// so that a model is a few launches and nothing is copied for them. A thread block works on one.
+#include <algorithm>
 #include <bit>
+#include <span>
+#include <vector>
 
 #include "common/evaluate.cuh"
 #include "score/score.h"
@@ -32,59 +37,6 @@ constexpr int kVector = kLoadBytes / sizeof(S);
 template <typename S>
 constexpr int kTile = kThreads * kUnroll * kVector<S>;  // elements
 
-// Scores N elements from `index` on, and writes the new state where there is one.
-template <typename T, int N>
-__device__ void evaluate(const Args& a, Mode mode, Operands<T, N>& x, int64_t index,
-                         T (&scored)[N]) {
-  scores(a.inputs, mode, x, index, scored);
-  if (mode == Mode::Update)
-    store(static_cast<T*>(a.inputs.state.data) + offset_of(a.inputs.state, index), x.state);
-}
-
-template <typename T, int N>
-__device__ void score_elements(const Args& a, Mode mode, Operands<T, N> x, int64_t index) {
-  T scored[N];
-  evaluate(a, mode, x, index, scored);
-  if (a.out) store(static_cast<T*>(a.out) + index, scored);
-}
-
-// Inputs that lie as in_vectors() wants.
-template <typename S, Mode M>
-__global__ void __launch_bounds__(kThreads) elements_kernel(const __grid_constant__ Args a) {
-  constexpr int n = kVector<S>;
-  const int64_t numel = a.n_rows * a.n_cols, whole = numel / n;
-  const int64_t step = int64_t{gridDim.x} * kThreads * kUnroll;
-  int64_t first = int64_t{blockIdx.x} * kThreads * kUnroll + threadIdx.x;
-  if (first < numel - whole * n)  // the elements after the last whole vector
-    score_elements(a, M, load_first<S, 1>(a.inputs, whole * n + first, 1), whole * n + first);
-  for (; first < whole; first += step) {
-    PackedOperands<S, n> packed[kUnroll];
-#pragma unroll
-    for (int k = 0; k < kUnroll; ++k)
-      if (first + k * kThreads < whole) packed[k].load(a.inputs, (first + k * kThreads) * n);
-#pragma unroll
-    for (int k = 0; k < kUnroll; ++k)
-      if (first + k * kThreads < whole)
-        score_elements(a, M, packed[k].widened(), (first + k * kThreads) * n);
-  }
-}
-
-// Inputs of any layout, by any mode. The 2 is as in blocks_kernel.
-template <typename T>
-__global__ void __launch_bounds__(kThreads, 2) strided_kernel(const __grid_constant__ Args a) {
-  const int64_t numel = a.n_rows * a.n_cols, step = int64_t{gridDim.x} * kThreads * kElements;
-  int64_t first = int64_t{blockIdx.x} * kThreads * kElements + threadIdx.x;
-  for (; first < numel; first += step) {
-    Operands<T, 1> x[kElements];
-#pragma unroll
-    for (int k = 0; k < kElements; ++k)
-      if (first + k * kThreads < numel) x[k] = load_one<T>(a.inputs, first + k * kThreads);
-#pragma unroll
-    for (int k = 0; k < kElements; ++k)
-      if (first + k * kThreads < numel) score_elements(a, a.mode, x[k], first + k * kThreads);
-  }
-}
-
 // How blocks are laid over tiles.
 struct Tiling {
   int log_width;    // of a tile's row; what is left of kTile are its rows
@@ -94,6 +46,114 @@ struct Tiling {
   bool enters;      // whether elements come in: not where columns do, which a first pass left
   bool leaves;      // whether scores go out: not where columns do, for a second pass
 };
+
+// Args whose inputs lie as in_vectors() wants, in short: more of them fit into a table.
+struct Flat {
+  struct Memory {
+    void* data;
+  };
+  struct Inputs {
+    Memory weight, grad, state;
+    Formula formula;
+    ScoreParams params;
+  };
+  Inputs inputs;
+  Reduce reduce;
+  int64_t n_rows, n_cols;
+  int64_t rows, cols;
+  void* out;
+
+  Flat() = default;
+  explicit Flat(const Args& a)
+      : inputs{{a.inputs.weight.data},
+               {a.inputs.grad.data},
+               {a.inputs.state.data},
+               a.inputs.formula,
+               a.inputs.params},
+        reduce(a.reduce),
+        n_rows(a.n_rows),
+        n_cols(a.n_cols),
+        rows(a.rows),
+        cols(a.cols),
+        out(a.out) {}
+};
+
+using secateur::offset_of;
+__device__ int64_t offset_of(const Flat::Memory&, int64_t index) { return index; }
+
+// Tensor is Flat or Args.
+template <typename Tensor>
+struct Entry {
+  Tensor tensor;
+  Tiling tiling;  // where blocks are reduced
+  int64_t first_tile;
+};
+
+// A thread block for every tile of its tensors.
+template <typename Tensor>
+struct Table {
+  // A kernel has 4 KB of parameters, of which the rest of the table takes 8 bytes.
+  static constexpr int kCapacity = (4096 - 8) / sizeof(Entry<Tensor>);
+  int32_t count;
+  Entry<Tensor> entries[kCapacity];
+
+  __device__ const Entry<Tensor>& entry() const {
+    return entries[find<&Entry<Tensor>::first_tile>(entries, count, blockIdx.x)];
+  }
+};
+
+// Scores N elements from `index` on, and writes the new state where there is one.
+template <typename A, typename T, int N>
+__device__ void evaluate(const A& a, Mode mode, Operands<T, N>& x, int64_t index, T (&scored)[N]) {
+  scores(a.inputs, mode, x, index, scored);
+  if (mode == Mode::Update)
+    store(static_cast<T*>(a.inputs.state.data) + offset_of(a.inputs.state, index), x.state);
+}
+
+template <typename A, typename T, int N>
+__device__ void score_elements(const A& a, Mode mode, Operands<T, N> x, int64_t index) {
+  T scored[N];
+  evaluate(a, mode, x, index, scored);
+  if (a.out) store(static_cast<T*>(a.out) + index, scored);
+}
+
+// Inputs that lie as in_vectors() wants.
+template <typename S, Mode M>
+__global__ void __launch_bounds__(kThreads)
+    elements_kernel(const __grid_constant__ Table<Flat> table) {
+  const Entry<Flat>& entry = table.entry();
+  const Flat& a = entry.tensor;
+  constexpr int n = kVector<S>;
+  const int64_t numel = a.n_rows * a.n_cols, whole = numel / n;
+  const int64_t first = (blockIdx.x - entry.first_tile) * kThreads * kUnroll + threadIdx.x;
+  PackedOperands<S, n> packed[kUnroll];
+#pragma unroll
+  for (int k = 0; k < kUnroll; ++k)
+    if (first + k * kThreads < whole) packed[k].load(a.inputs, (first + k * kThreads) * n);
+#pragma unroll
+  for (int k = 0; k < kUnroll; ++k)
+    if (first + k * kThreads < whole)
+      score_elements(a, M, packed[k].widened(), (first + k * kThreads) * n);
+  if (first < numel - whole * n)  // the elements after the last whole vector
+    score_elements(a, M, load_first<S, 1>(a.inputs, whole * n + first, 1), whole * n + first);
+}
+
+// Inputs of any layout, by any mode. The 2 is as in blocks_kernel.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 2)
+    strided_kernel(const __grid_constant__ Table<Args> table) {
+  const Entry<Args>& entry = table.entry();
+  const Args& a = entry.tensor;
+  const int64_t numel = a.n_rows * a.n_cols;
+  const int64_t first = (blockIdx.x - entry.first_tile) * kThreads * kElements + threadIdx.x;
+  Operands<T, 1> x[kElements];
+#pragma unroll
+  for (int k = 0; k < kElements; ++k)
+    if (first + k * kThreads < numel) x[k] = load_one<T>(a.inputs, first + k * kThreads);
+#pragma unroll
+  for (int k = 0; k < kElements; ++k)
+    if (first + k * kThreads < numel) score_elements(a, a.mode, x[k], first + k * kThreads);
+}
 
 // The part of a matrix that a tile holds; none with no rows or columns.
 struct Part {
@@ -124,8 +184,8 @@ __device__ void store_shared(T* to, const T (&x)[N]) {
 }
 
 // Leaves in shared memory what N elements from `index` on bring into a reduction.
-template <typename T, int N>
-__device__ void deliver(const Args& a, Mode mode, Operands<T, N> x, int64_t index, bool enters,
+template <typename A, typename T, int N>
+__device__ void deliver(const A& a, Mode mode, Operands<T, N> x, int64_t index, bool enters,
                         T* to) {
   T scored[N];
   evaluate(a, mode, x, index, scored);
@@ -141,19 +201,20 @@ template <typename S, Mode M>
 class Vectors {
  public:
   using Stored = S;
+  using Tensor = Flat;
   // Thread blocks of blocks_kernel on a multiprocessor at once, so that one loads while another
   // adds; ptxas would spill registers for more.
-  static constexpr int kMinBlocks = M == Mode::Update || sizeof(S) == 8 ? 2 : 4;
+  static constexpr int kMinBlocks = M == Mode::Update || sizeof(S) == 8 ? 2 : 3;
 
   // Asks for the inputs of a part.
-  __device__ void request(const Args& a, const Tiling& t, const Part& part) {
+  __device__ void request(const Flat& a, const Tiling& t, const Part& part) {
     each(t, part, [&](int k, int row, int col) {
       packed_[k].load(a.inputs, part.first + row * a.n_cols + col);
     });
   }
 
   // Leaves the part that was requested last in a tile, whose rows are `stride` apart.
-  __device__ void fill(const Args& a, const Tiling& t, const Part& part, int stride,
+  __device__ void fill(const Flat& a, const Tiling& t, const Part& part, int stride,
                        Compute<S>* tile) {
     each(t, part, [&](int k, int row, int col) {
       deliver(a, M, packed_[k].widened(), part.first + row * a.n_cols + col, t.enters,
@@ -179,6 +240,7 @@ class Vectors {
 template <typename T>
 struct Elements {
   using Stored = T;
+  using Tensor = Args;
   static constexpr int kMinBlocks = 2;
 
   __device__ void request(const Args&, const Tiling&, const Part&) {}
@@ -233,7 +295,10 @@ __device__ int at_most(int limit, int64_t x) { return x < limit ? static_cast<in
 
 template <typename Loader>
 __global__ void __launch_bounds__(kThreads, Loader::kMinBlocks)
-    blocks_kernel(const __grid_constant__ Args a, const __grid_constant__ Tiling t) {
+    blocks_kernel(const __grid_constant__ Table<typename Loader::Tensor> table) {
+  const auto& entry = table.entry();
+  const auto& a = entry.tensor;
+  const Tiling& t = entry.tiling;
   using S = Loader::Stored;
   using T = Compute<S>;
   SECATEUR_SHARED(uint4, shared, kTile<S> * sizeof(T) / sizeof(uint4));
@@ -241,8 +306,9 @@ __global__ void __launch_bounds__(kThreads, Loader::kMinBlocks)
   const int width = 1 << t.log_width, cols = static_cast<int>(a.cols);
   const int strip_rows = at_most(kTile<S> >> t.log_width, a.rows);
   const int height = t.strips * strip_rows;
-  const int64_t strip = int64_t{blockIdx.x / t.across} * t.strips;
-  const int64_t col = int64_t{blockIdx.x % t.across} * t.blocks * cols;
+  const auto tile_index = static_cast<unsigned>(blockIdx.x - entry.first_tile);
+  const int64_t strip = int64_t{tile_index / t.across} * t.strips;
+  const int64_t col = int64_t{tile_index % t.across} * t.blocks * cols;
   int64_t rows = min(t.strips * a.rows, a.n_rows - strip * a.rows);  // to come
   const int strips = at_most(t.strips, ceil_div(rows, a.rows));
   Part part{strip * a.rows * a.n_cols + col, at_most(height, rows),
@@ -295,8 +361,11 @@ __global__ void __launch_bounds__(kThreads, Loader::kMinBlocks)
 
 // Row i of the inputs stands for the i-th strip of args.rows rows.
 template <typename Loader>
-__global__ void __launch_bounds__(kThreads)
-    rows_kernel(const __grid_constant__ Args a, const __grid_constant__ Tiling t) {
+__global__ void __launch_bounds__(kThreads, Loader::kMinBlocks)
+    rows_kernel(const __grid_constant__ Table<typename Loader::Tensor> table) {
+  const auto& entry = table.entry();
+  const auto& a = entry.tensor;
+  const Tiling& t = entry.tiling;
   using S = Loader::Stored;
   using T = Compute<S>;
   // Rows are apart by half of the banks more than a multiple, so that two of them serve a warp.
@@ -305,8 +374,9 @@ __global__ void __launch_bounds__(kThreads)
   T* const tile = reinterpret_cast<T*>(shared);
   const int width = 1 << t.log_width, stride = width + kReduceLanes;
   const int s = threadIdx.x / kReduceLanes, lane = threadIdx.x % kReduceLanes;
-  const int64_t strip = int64_t{blockIdx.x / t.across} * t.strips;
-  const int64_t col = blockIdx.x % t.across * a.cols;
+  const auto tile_index = static_cast<unsigned>(blockIdx.x - entry.first_tile);
+  const int64_t strip = int64_t{tile_index / t.across} * t.strips;
+  const int64_t col = tile_index % t.across * a.cols;
   int64_t cols = min(a.cols, a.n_cols - col);  // to come
   Part part{strip * a.n_cols + col, at_most(t.strips, ceil_div(a.n_rows, a.rows) - strip),
             at_most(width, cols)};
@@ -330,15 +400,79 @@ __global__ void __launch_bounds__(kThreads)
   for_combine(a.reduce, [&]<Reduce R>() { sum = halve<R>(sum, kReduceLanes); });
   if (lane == 0 && s < part.rows) {
     const int64_t high = min(a.rows, a.n_rows - (strip + s) * a.rows);
-    static_cast<T*>(a.out)[(strip + s) * t.across + blockIdx.x % t.across] =
+    static_cast<T*>(a.out)[(strip + s) * t.across + tile_index % t.across] =
         score_of(a.reduce, sum, high * min(a.cols, a.n_cols - col));
   }
 }
 
 int log2_ceil(int64_t x) { return std::bit_width(static_cast<uint64_t>(x - 1)); }
 
-unsigned grid(const Args& a, const Tiling& t) {
-  return static_cast<unsigned>(ceil_div(ceil_div(a.n_rows, a.rows), t.strips) * t.across);
+// What a pass does on one tensor: `launch` takes it, and others of the same, as tables.
+struct Work {
+  void (*launch)(std::span<const Work> works, void* stream);
+  Args args;
+  Tiling tiling;
+  int64_t tiles;
+};
+
+// Calls f(table, tiles) for as many tables as it takes.
+template <typename Tensor, typename F>
+void for_tables(std::span<const Work> works, F&& f) {
+  static_assert(sizeof(Table<Tensor>) <= 4096);
+  Table<Tensor> table{};
+  int64_t tiles = 0;
+  for (const Work& work : works) {
+    if (table.count == Table<Tensor>::kCapacity) {
+      f(table, static_cast<unsigned>(tiles));
+      tiles = table.count = 0;
+    }
+    table.entries[table.count++] = {Tensor(work.args), work.tiling, tiles};
+    tiles += work.tiles;
+  }
+  f(table, static_cast<unsigned>(tiles));
+}
+
+template <typename S, Mode M>
+void launch_elements(std::span<const Work> works, void* stream) {
+  for_tables<Flat>(works, [&](const Table<Flat>& table, unsigned tiles) {
+    SECATEUR_LAUNCH((elements_kernel<S, M>), tiles, kThreads, 0, stream, table);
+  });
+}
+
+template <typename T>
+void launch_strided(std::span<const Work> works, void* stream) {
+  for_tables<Args>(works, [&](const Table<Args>& table, unsigned tiles) {
+    SECATEUR_LAUNCH(strided_kernel<T>, tiles, kThreads, 0, stream, table);
+  });
+}
+
+template <typename Loader>
+void launch_blocks(std::span<const Work> works, void* stream) {
+  for_tables<typename Loader::Tensor>(works, [&](const auto& table, unsigned tiles) {
+    SECATEUR_LAUNCH(blocks_kernel<Loader>, tiles, kThreads, 0, stream, table);
+  });
+}
+
+template <typename Loader>
+void launch_rows(std::span<const Work> works, void* stream) {
+  for_tables<typename Loader::Tensor>(works, [&](const auto& table, unsigned tiles) {
+    SECATEUR_LAUNCH(rows_kernel<Loader>, tiles, kThreads, 0, stream, table);
+  });
+}
+
+// Launches a pass.
+void launch(std::vector<Work>& works, void* stream) {
+  for (auto first = works.begin(); first != works.end();) {
+    const auto launch = first->launch;
+    const auto last = std::stable_partition(
+        first, works.end(), [&](const Work& work) { return work.launch == launch; });
+    launch({first, last}, stream);
+    first = last;
+  }
+}
+
+int64_t tiles(const Args& a, const Tiling& t) {
+  return ceil_div(ceil_div(a.n_rows, a.rows), t.strips) * t.across;
 }
 
 // Calls f.template operator()<Loader>() for the loader of the inputs in tiles whose columns begin
@@ -353,7 +487,22 @@ void for_loader(const Args& a, int64_t cols, F&& f) {
   });
 }
 
-void run_blocks(const Args& a, bool leaves, void* stream) {
+Work elements(const Args& a) {
+  Work work{nullptr, a, {}, 0};
+  const int64_t numel = a.n_rows * a.n_cols;
+  for_dtype(input_dtype(a.inputs, a.wide), [&]<typename S>() {
+    if (in_vectors(a.inputs)) {
+      for_mode(a.mode, [&]<Mode M>() { work.launch = launch_elements<S, M>; });
+      work.tiles = ceil_div(numel, kTile<S>);
+    } else {
+      work.launch = launch_strided<Compute<S>>;
+      work.tiles = ceil_div(numel, kThreads * kElements);
+    }
+  });
+  return work;
+}
+
+Work blocks(const Args& a, bool leaves) {
   Tiling t{};
   // The tiles of tall blocks are narrow, so that there are more of them.
   t.log_width = std::min(log2_ceil(a.rows > kTall ? kNarrow : 2 * kNarrow), log2_ceil(a.n_cols));
@@ -365,24 +514,30 @@ void run_blocks(const Args& a, bool leaves, void* stream) {
   t.across = static_cast<unsigned>(ceil_div(ceil_div(a.n_cols, a.cols), t.blocks));
   t.enters = true;
   t.leaves = leaves;
+  Work work{nullptr, a, t, 0};
   for_loader(a, t.blocks * a.cols, [&]<typename Loader>() {
     const int64_t height = kTile<typename Loader::Stored> >> t.log_width;
-    t.strips = static_cast<int>(std::max<int64_t>(1, height / a.rows));
-    SECATEUR_LAUNCH(blocks_kernel<Loader>, grid(a, t), kThreads, 0, stream, a, t);
+    work.launch = launch_blocks<Loader>;
+    work.tiling.strips = static_cast<int>(std::max<int64_t>(1, height / a.rows));
   });
+  work.tiles = tiles(a, work.tiling);
+  return work;
 }
 
-void run_rows(const Args& a, bool enters, void* stream) {
+Work rows(const Args& a, bool enters) {
+  Work work{nullptr, a, {}, 0};
+  Tiling& t = work.tiling;
   for_loader(a, a.cols, [&]<typename Loader>() {
     constexpr int size = kTile<typename Loader::Stored>;
-    Tiling t{};
+    work.launch = launch_rows<Loader>;
     t.strips = a.cols <= size / kMaxStrips ? kMaxStrips : kMaxStrips / 2;
     t.log_width = log2_ceil(size / t.strips);
-    t.across = static_cast<unsigned>(ceil_div(a.n_cols, a.cols));
-    t.enters = enters;
-    t.leaves = true;
-    SECATEUR_LAUNCH(rows_kernel<Loader>, grid(a, t), kThreads, 0, stream, a, t);
   });
+  t.across = static_cast<unsigned>(ceil_div(a.n_cols, a.cols));
+  t.enters = enters;
+  t.leaves = true;
+  work.tiles = tiles(a, t);
+  return work;
 }
 
 // Blocks do not go beyond the matrix.
@@ -400,48 +555,51 @@ bool in_two_passes(const Args& a) {
   return a.rows > 1 && a.cols > (few && large ? kNarrow : kWidest);
 }
 
+// What a first pass leaves to the second.
+int64_t columns(const Args& a) { return ceil_div(a.n_rows, a.rows) * a.n_cols; }
+
+int64_t columns_bytes(const Args& a) {
+  return ceil_div(columns(a) * (a.wide ? 8 : 4), kLoadBytes) * kLoadBytes;
+}
+
 }  // namespace
 
-int elements(const Args& a, void* stream) {
-  const int64_t numel = a.n_rows * a.n_cols;
-  for_dtype(input_dtype(a.inputs, a.wide), [&]<typename S>() {
-    using T = Compute<S>;
-    if (in_vectors(a.inputs))
-      for_mode(a.mode, [&]<Mode M>() {
-        SECATEUR_LAUNCH((elements_kernel<S, M>), blocks_for(ceil_div(numel, kTile<S>)), kThreads, 0,
-                        stream, a);
-      });
-    else
-      SECATEUR_LAUNCH(strided_kernel<T>, blocks_for(ceil_div(numel, kThreads * kElements)),
-                      kThreads, 0, stream, a);
-  });
-  return cudaGetLastError();
-}
-
-int64_t workspace(const Args& args) {
-  const Args a = clipped(args);
-  return in_two_passes(a) ? ceil_div(a.n_rows, a.rows) * a.n_cols : 0;
-}
-
-int blocks(const Args& args, void* workspace, void* stream) {
-  const Args a = clipped(args);
-  if (in_two_passes(a)) {
-    Args columns = a;
-    columns.cols = 1;
-    columns.out = workspace;
-    run_blocks(columns, false, stream);
-    Args rows = a;
-    rows.mode = Mode::Observe;
-    rows.inputs = {};
-    rows.inputs.formula = Formula::Given;
-    rows.inputs.weight = {
-        workspace, a.wide ? Dtype::Double : Dtype::Float, 1, {CUDA::workspace(args)}, {1}};
-    run_rows(rows, false, stream);
-  } else if (a.cols > kWidest) {
-    run_rows(a, true, stream);
-  } else {
-    run_blocks(a, true, stream);
+int64_t workspace_bytes(const Args* tensors, int64_t count) {
+  int64_t bytes = 0;
+  for (const Args& tensor : std::span(tensors, count)) {
+    const Args a = clipped(tensor);
+    if (in_two_passes(a)) bytes += columns_bytes(a);
   }
+  return bytes;
+}
+
+int run(const Args* tensors, int64_t count, void* workspace, void* stream) {
+  std::vector<Work> first, second;
+  auto* memory = static_cast<unsigned char*>(workspace);
+  for (const Args& tensor : std::span(tensors, count)) {
+    const Args a = clipped(tensor);
+    if (by_elements(tensor)) {
+      first.push_back(elements(a));
+    } else if (in_two_passes(a)) {
+      Args down = a;
+      down.cols = 1;
+      down.out = memory;
+      first.push_back(blocks(down, false));
+      Args across = a;
+      across.mode = Mode::Observe;
+      across.inputs = {};
+      across.inputs.formula = Formula::Given;
+      across.inputs.weight = {memory, a.wide ? Dtype::Double : Dtype::Float, 1, {columns(a)}, {1}};
+      second.push_back(rows(across, false));
+      memory += columns_bytes(a);
+    } else if (a.cols > kWidest) {
+      first.push_back(rows(a, true));
+    } else {
+      first.push_back(blocks(a, true));
+    }
+  }
+  launch(first, stream);
+  launch(second, stream);
   return cudaGetLastError();
 }
 

@@ -1,5 +1,7 @@
+#include <algorithm>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "common/torch.h"
 #include "score/checks.h"
@@ -10,47 +12,48 @@ namespace {
 
 constexpr int64_t kGrainElements = 16384;
 
-// Blocks of one task hold about rows x 1024 elements; a thread takes at least a grain of elements.
-int64_t grain_tasks(const Args& args, int64_t tasks) {
-  return 1 + tasks * kGrainElements / (args.n_rows * args.n_cols);
-}
-
-Tensor run(const char* op, Args args, const Tensor& weight, int64_t rows, int64_t cols,
-           const std::string& reduce) {
-  // Checks
-  check_blocks(op, args, rows, cols, reduce);
-
-  // Outputs
-  Tensor out = new_scores(weight, args);
-  if (weight.numel() == 0) return out;
-
-  // Dispatch
-  if (by_elements(args)) {
-    Run* kernel = SECATEUR_FOR_ISA(elements);
-    torch::stable::parallel_for(0, weight.numel(), kGrainElements,
-                                [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-    return out;
+// One loop over the elements of all tensors: to start the threads takes as long as a small one.
+void run(const std::vector<Args>& tensors) {
+  if (tensors.empty()) return;
+  std::vector<Run*> kernels;
+  std::vector<int64_t> per_task;  // elements; a task begins with its first
+  std::vector<int64_t> first{0};
+  for (const Args& args : tensors) {
+    const int64_t numel = args.n_rows * args.n_cols;
+    const int64_t tasks = by_elements(args) ? numel : SECATEUR_FOR_ISA(n_tasks)(args);
+    kernels.push_back(by_elements(args) ? SECATEUR_FOR_ISA(elements) : SECATEUR_FOR_ISA(blocks));
+    per_task.push_back((numel + tasks - 1) / tasks);
+    first.push_back(first.back() + tasks * per_task.back());
   }
-  const int64_t tasks = SECATEUR_FOR_ISA(n_tasks)(args);
-  Run* kernel = SECATEUR_FOR_ISA(blocks);
-  torch::stable::parallel_for(0, tasks, grain_tasks(args, tasks),
-                              [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-  return out;
+  torch::stable::parallel_for(0, first.back(), kGrainElements, [&](int64_t begin, int64_t end) {
+    size_t i = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
+    for (; begin < end; begin = first[++i]) {
+      const auto task_from = [&](int64_t element) {
+        return (element - first[i] + per_task[i] - 1) / per_task[i];
+      };
+      kernels[i](tensors[i], task_from(begin), task_from(std::min(end, first[i + 1])));
+    }
+  });
 }
 
-Tensor score_cpu(const Tensor& weight, std::optional<Tensor> grad, std::optional<Tensor> state,
-                 std::string formula, int64_t rows, int64_t cols, std::string reduce,
-                 double normalizer, int64_t seed) {
-  const Args args = score_args("score", weight, grad, state, formula, normalizer, seed);
-  return run("score", args, weight, rows, cols, reduce);
+std::vector<Tensor> score_cpu(std::vector<Tensor> weights, std::vector<Tensor> grads,
+                              std::vector<Tensor> states, std::string formula,
+                              std::vector<int64_t> rows, std::vector<int64_t> cols,
+                              std::string reduce, std::vector<double> normalizers,
+                              std::vector<int64_t> seeds) {
+  const Prepared prepared =
+      prepare_score(weights, grads, states, formula, rows, cols, reduce, normalizers, seeds);
+  run(prepared.tensors);
+  return prepared.scores;
 }
 
 Tensor score_update_cpu(Tensor state, const Tensor& weight, std::optional<Tensor> grad,
                         std::string formula, double decay, double gain, int64_t rows, int64_t cols,
                         std::string reduce, double normalizer) {
-  const Args args =
-      update_args("score_update_", state, weight, grad, formula, decay, gain, normalizer);
-  return run("score_update_", args, weight, rows, cols, reduce);
+  const Prepared prepared =
+      prepare_update(state, weight, grad, formula, decay, gain, rows, cols, reduce, normalizer);
+  run(prepared.tensors);
+  return prepared.scores[0];
 }
 
 void observe_cpu(Tensor state, const Tensor& weight, std::optional<Tensor> grad,
@@ -66,8 +69,8 @@ void observe_cpu(Tensor state, const Tensor& weight, std::optional<Tensor> grad,
 
 STABLE_TORCH_LIBRARY_FRAGMENT(secateur, m) {
   m.def(
-      "score(Tensor weight, Tensor? grad, Tensor? state, str formula, int rows, int cols, "
-      "str reduce, float normalizer, int seed) -> Tensor");
+      "score(Tensor[] weights, Tensor[] grads, Tensor[] states, str formula, int[] rows, "
+      "int[] cols, str reduce, float[] normalizers, int[] seeds) -> Tensor[]");
   m.def(
       "score_update_(Tensor(a!) state, Tensor weight, Tensor? grad, str formula, float decay, "
       "float gain, int rows, int cols, str reduce, float normalizer) -> Tensor");

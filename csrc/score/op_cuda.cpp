@@ -1,5 +1,6 @@
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "common/torch_cuda.h"
 #include "score/checks.h"
@@ -8,42 +9,40 @@
 namespace secateur::score {
 namespace {
 
-Tensor run(const char* op, Args args, const Tensor& weight, int64_t rows, int64_t cols,
-           const std::string& reduce) {
-  check_blocks(op, args, rows, cols, reduce);
-  const Device device(weight);
-  Tensor out = new_scores(weight, args);
-  if (weight.numel() == 0) return out;
-  if (by_elements(args)) {
-    check_launch(op, CUDA::elements(args, device.stream()));
-    return out;
-  }
-  Tensor columns = torch::stable::new_empty(out, {CUDA::workspace(args)});
-  check_launch(op, CUDA::blocks(args, columns.mutable_data_ptr(), device.stream()));
-  return out;
+// `like` is on their device.
+void run(const char* op, const std::vector<Args>& tensors, const Tensor& like) {
+  if (tensors.empty()) return;
+  const Device device(like);
+  const auto count = static_cast<int64_t>(tensors.size());
+  Tensor workspace = torch::stable::new_empty(like, {CUDA::workspace_bytes(tensors.data(), count)},
+                                              ScalarType::Byte);
+  check_launch(op, CUDA::run(tensors.data(), count, workspace.mutable_data_ptr(), device.stream()));
 }
 
-Tensor score_cuda(const Tensor& weight, std::optional<Tensor> grad, std::optional<Tensor> state,
-                  std::string formula, int64_t rows, int64_t cols, std::string reduce,
-                  double normalizer, int64_t seed) {
-  const Args args = score_args("score", weight, grad, state, formula, normalizer, seed);
-  return run("score", args, weight, rows, cols, reduce);
+std::vector<Tensor> score_cuda(std::vector<Tensor> weights, std::vector<Tensor> grads,
+                               std::vector<Tensor> states, std::string formula,
+                               std::vector<int64_t> rows, std::vector<int64_t> cols,
+                               std::string reduce, std::vector<double> normalizers,
+                               std::vector<int64_t> seeds) {
+  const Prepared prepared =
+      prepare_score(weights, grads, states, formula, rows, cols, reduce, normalizers, seeds);
+  run("score", prepared.tensors, weights[0]);
+  return prepared.scores;
 }
 
 Tensor score_update_cuda(Tensor state, const Tensor& weight, std::optional<Tensor> grad,
                          std::string formula, double decay, double gain, int64_t rows, int64_t cols,
                          std::string reduce, double normalizer) {
-  const Args args =
-      update_args("score_update_", state, weight, grad, formula, decay, gain, normalizer);
-  return run("score_update_", args, weight, rows, cols, reduce);
+  const Prepared prepared =
+      prepare_update(state, weight, grad, formula, decay, gain, rows, cols, reduce, normalizer);
+  run("score_update_", prepared.tensors, weight);
+  return prepared.scores[0];
 }
 
 void observe_cuda(Tensor state, const Tensor& weight, std::optional<Tensor> grad,
                   std::string formula, double decay, double gain, double normalizer) {
   const Args args = update_args("observe_", state, weight, grad, formula, decay, gain, normalizer);
-  if (weight.numel() == 0) return;
-  const Device device(weight);
-  check_launch("observe_", CUDA::elements(args, device.stream()));
+  if (weight.numel() > 0) run("observe_", {args}, weight);
 }
 
 }  // namespace

@@ -10,17 +10,6 @@
 
 namespace secateur::topk {
 
-template <typename T>
-std::optional<T> at(const std::vector<T>& list, size_t i) {
-  return list.empty() ? std::nullopt : std::optional<T>(list[i]);
-}
-
-inline void check_length(const char* op, const char* name, size_t length, size_t expected,
-                         bool required) {
-  STD_TORCH_CHECK(length == expected || (length == 0 && !required), op, ": expected ", expected,
-                  " ", name, ", one a weight, got ", length);
-}
-
 inline const uint8_t* alive_bits(const char* op, const Tensor& t, const Tensor& weight) {
   const int64_t numel = weight.numel();
   STD_TORCH_CHECK(
@@ -67,9 +56,7 @@ inline Prepared prepare(const char* op, const Request& r) {
     STD_TORCH_CHECK((weight.scalar_type() == ScalarType::Double) == problem.wide, op,
                     ": expected weights that are all float64 or none, got ",
                     r.weights[0].scalar_type(), " and ", weight.scalar_type());
-    STD_TORCH_CHECK(weight.device() == r.weights[0].device(), op,
-                    ": expected weights on one device, got weights[", i,
-                    "] on another one than weights[0]");
+    check_device(op, r.weights, i);
     Item& item = prepared.items[i];
     const ScoreParams params{r.normalizers[i], 0, 0, static_cast<uint64_t>(r.seeds[i])};
     item.inputs =

@@ -529,11 +529,9 @@ class Pruner:
         if last:
             self._prune(target, inputs)
             return
-        for i, layer in enumerate(self.layers):
-            if layer in mine:
-                self._scored[layer.name] = unit_scores(
-                    i, layer, self.criterion, self.granularity, inputs
-                )
+        scored = {i: layer for i, layer in enumerate(self.layers) if layer in mine}
+        scores = unit_scores(scored, self.criterion, self.granularity, inputs)
+        self._scored.update((self.layers[i].name, x) for i, x in scores.items())
 
     def _expects_more(self) -> bool:
         """Whether the schedule has a due step yet to come, or may have."""

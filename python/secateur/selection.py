@@ -89,15 +89,41 @@ def normalizer(criterion: Criterion, layer: Layer) -> float:
 
 
 def unit_scores(
-    index: int, layer: Layer, criterion: Criterion, granularity: Granularity, inputs: Inputs
-) -> Tensor:
-    """One score a unit of the ``index``-th layer, of those that lie here: (rows, cols) of units."""
-    return ops.score(
-        **_arguments(index, layer, criterion, inputs),
-        formula=_formula(criterion, layer),
-        block=layer.block,
-        reduce=granularity.reduction,
-    )
+    layers: Mapping[int, Layer], criterion: Criterion, granularity: Granularity, inputs: Inputs
+) -> dict[int, Tensor]:
+    """One score a unit of each layer, of those that lie here: (rows, cols) of units.
+
+    Args:
+        layers: by their index among all layers.
+    """
+    # Those that are scored from the same kinds of inputs are scored together.
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    arguments = {}
+    for i, layer in layers.items():
+        arguments[i] = given = _arguments(i, layer, criterion, inputs)
+        kinds = (name for name in ("grad", "state") if given.get(name) is not None)
+        alike.setdefault((given["weight"].device, *kinds), []).append(i)
+    scores: dict[int, Tensor] = {}
+    for members in alike.values():
+        scored = ops.score_each(
+            **_lists([arguments[i] for i in members]),
+            formula=_formula(criterion, layers[members[0]]),
+            blocks=[layers[i].block for i in members],
+            reduce=granularity.reduction,
+        )
+        scores.update(zip(members, scored, strict=True))
+    return scores
+
+
+def _lists(arguments: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What ``ops.score_each`` and ``ops.select`` take, of what each layer is scored by."""
+
+    def column(name: str) -> list[Any] | None:
+        values = [given.get(name) for given in arguments]
+        return None if values[0] is None else values
+
+    names = ("weight", "grad", "state", "normalizer", "seed")
+    return {f"{name}s": column(name) for name in names}
 
 
 def _formula(criterion: Criterion, layer: Layer) -> str:
@@ -107,7 +133,7 @@ def _formula(criterion: Criterion, layer: Layer) -> str:
 
 
 def _arguments(index: int, layer: Layer, criterion: Criterion, inputs: Inputs) -> dict[str, Any]:
-    """What ``ops.score`` and ``ops.select`` score the ``index``-th layer by."""
+    """What the ``index``-th layer is scored by, as ``ops.score`` takes it."""
     seed = criterion.seed_of(inputs.step, index)
     if _formula(criterion, layer) != criterion.formula:
         # A random score is a function of the index in the whole parameter.
@@ -163,30 +189,21 @@ class _Candidates:
             ]
         else:
             self.formula = "given"
-            self.arguments = []
-            for i, layer in enumerate(layers):
-                scores = inputs.scored.get(layer.name)
-                if scores is None:
-                    scores = unit_scores(i, layer, criterion, granularity, inputs)
-                self.arguments.append({"weight": scores})
+            new = {i: layer for i, layer in enumerate(layers) if layer.name not in inputs.scored}
+            scores = unit_scores(new, criterion, granularity, inputs)
+            self.arguments = [
+                {"weight": scores[i] if i in scores else inputs.scored[layer.name]}
+                for i, layer in enumerate(layers)
+            ]
 
     def select(self, members: Sequence[int], **limit: Any) -> list[Tensor]:
         """Packed masks of the units of ``members`` that live on (``ops.select``)."""
-
-        def column(name: str) -> list[Any] | None:
-            values = [self.arguments[i].get(name) for i in members]
-            return None if values[0] is None else values
-
         try:
             return self.split.shards.select(
-                [self.arguments[i]["weight"] for i in members],
-                column("grad"),
-                column("state"),
+                **_lists([self.arguments[i] for i in members]),
                 formula=self.formula,
                 alive=[self.layers[i].unit_bits for i in members],
                 largest=self.largest,
-                normalizers=column("normalizer"),
-                seeds=column("seed"),
                 **limit,
             )
         except ops.NonFiniteScoreError as error:

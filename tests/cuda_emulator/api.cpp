@@ -13,6 +13,7 @@ void cuda_emulator_counters(uint64_t* counters) {
   counters[0] = checker::bytes_read;
   counters[1] = checker::bytes_written;
   counters[2] = matrix_products();
+  counters[3] = launches();
 }
 void cuda_emulator_add_buffer(const void* address, size_t bytes, bool initialised) {
   checker::add_buffer(address, bytes, initialised, true);

@@ -117,11 +117,13 @@ class Counters(NamedTuple):
         read: bytes of global memory; the checked flavour counts them.
         written: the same.
         products: ``mma.sync.m16n8k16`` of a warp.
+        launches: of any kernel.
     """
 
     read: int
     written: int
     products: int
+    launches: int
 
 
 @dataclass(frozen=True)
@@ -359,7 +361,7 @@ class Emulator:
 
     def counters(self) -> Counters:
         """What was counted since the library was loaded."""
-        counters = (ctypes.c_uint64 * 3)()
+        counters = (ctypes.c_uint64 * 4)()
         self._library.cuda_emulator_counters(counters)
         return Counters(*counters)
 

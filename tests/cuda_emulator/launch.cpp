@@ -75,6 +75,7 @@ struct Shared {
 struct Machine {
   std::mutex one_launch_at_a_time;
   const Launch* launch = nullptr;
+  uint64_t launches = 0;
   uint3 block{};
   std::vector<Thread> threads;
   Thread* current = nullptr;
@@ -296,6 +297,7 @@ void run(Launch launch) {
   if (!replaced().empty()) launch.code = replacement_of(launch);
   check_limits(launch);
   machine.launch = &launch;
+  ++machine.launches;
   machine.error.clear();
   machine.random.seed(static_cast<std::minstd_rand::result_type>(machine.seed));
   machine.threads.resize(launch.block.x * launch.block.y * launch.block.z);
@@ -312,6 +314,8 @@ void run(Launch launch) {
   }
   if (!machine.error.empty()) throw std::runtime_error(machine.error);
 }
+
+uint64_t launches() { return machine.launches; }
 
 void fail(const char* format, ...) {
   char message[1024];

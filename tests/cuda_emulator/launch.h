@@ -32,6 +32,7 @@ void set_arrival(Arrival when);
 enum class Accumulation { Exact, Sequential, Truncating };
 void set_accumulation(Accumulation how);
 uint64_t matrix_products();  // by whole warps, since the library was loaded
+uint64_t launches();         // since the library was loaded
 // The copies that threads of the last block left on their way.
 void forget_copies();
 

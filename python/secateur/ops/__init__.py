@@ -22,6 +22,7 @@ from secateur.ops.score import (
     compute_dtype,
     observe_,
     score,
+    score_each,
     score_update_,
 )
 from secateur.ops.topk import (
@@ -57,6 +58,7 @@ __all__ = [
     "observe_",
     "pack_mask",
     "score",
+    "score_each",
     "score_update_",
     "select",
     "topk_mask",

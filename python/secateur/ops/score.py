@@ -25,12 +25,20 @@ instruction set and thread count.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from secateur.ops._checks import check_float, check_tensor, check_writable, is_ints, readable
+from secateur.ops._checks import (
+    check_float,
+    check_list,
+    check_tensor,
+    check_writable,
+    is_ints,
+    readable,
+)
 from secateur.ops._spec import OpSpec, Sample
 
 FORMULAS: tuple[str, ...] = (
@@ -92,23 +100,124 @@ def score(
         ``(weight * grad).abs().view(N // rows, rows, K // columns, columns).sum((1, 3))``
     """
     check_formula(formula)
-    _check_weight(weight)
-    _check_grad(weight, grad, needed=state is None and formula in _OBSERVE_GRAD, formula=formula)
+    check_float("weight", weight)
+    if state is None:
+        check_observed(formula, "grad", grad is not None)
+    if grad is not None:
+        check_like("grad", grad, "weight", weight, weight.dtype)
     if state is not None:
-        _check_state(weight, state)
-    _check_block(block, reduce)
+        check_like("state", state, "weight", weight, compute_dtype(weight.dtype))
+    _check_block("block", block)
+    _check_reduce(reduce)
     check_normalizer("normalizer", normalizer)
     check_seed("seed", seed)
+    grads = [] if grad is None else [grad]
+    states = [] if state is None else [state]
+    (scores,) = _score([weight], grads, states, formula, [block], reduce, [normalizer], [seed])
+    return scores
+
+
+def score_each(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor] | None = None,
+    states: Sequence[Tensor] | None = None,
+    *,
+    formula: str,
+    blocks: Sequence[tuple[int, int]] | None = None,
+    reduce: str = "mean",
+    normalizers: Sequence[float] | None = None,
+    seeds: Sequence[int] | None = None,
+) -> list[Tensor]:
+    """Score a list of weights, each as :func:`score` does and to the same bits.
+
+    All of them are one loop of the threads, or a few launches: much less than a call each where
+    many are small.
+
+    Args:
+        weights: as in :func:`score`, of any shapes, strides and dtypes, on one device.
+        grads: as in :func:`score`, one a weight.
+        states: as in :func:`score`, one a weight.
+        formula: one of :data:`FORMULAS`.
+        blocks: (rows, columns) of a block, one a weight; default (1, 1).
+        reduce: ``"sum"``, ``"mean"``, ``"max"`` or ``"l2"`` over the elements of a block.
+        normalizers: as in :func:`score`, one a weight; default 1.
+        seeds: as in :func:`score`, one a weight; default 0.
+
+    Returns:
+        For each weight its scores, as :func:`score` returns them.
+
+    Raises:
+        TypeError: a dtype does not fit, or an argument is not a list.
+        ValueError: anything else that does not fit.
+
+    Equivalent to:
+        ``[score(w, g, s, formula=formula, ...) for w, g, s, ... in zip(weights, grads, ...)]``
+    """
+    check_list("weights", weights)
+    n = len(weights)
+    check_formula(formula)
+    if states is None:
+        check_observed(formula, "grads", grads is not None)
+    _check_reduce(reduce)
+    for name, given in (
+        ("grads", grads),
+        ("states", states),
+        ("blocks", blocks),
+        ("normalizers", normalizers),
+        ("seeds", seeds),
+    ):
+        if given is not None:
+            check_list(name, given)
+            check_one_a_weight(name, given, n)
+    for i, w in enumerate(weights):
+        check_weight(weights, i)
+        of = f"weights[{i}]"
+        if grads is not None:
+            check_like(f"grads[{i}]", grads[i], of, w, w.dtype)
+        if states is not None:
+            check_like(f"states[{i}]", states[i], of, w, compute_dtype(w.dtype))
+        if blocks is not None:
+            _check_block(f"blocks[{i}]", blocks[i])
+        if normalizers is not None:
+            check_normalizer(f"normalizers[{i}]", normalizers[i])
+        if seeds is not None:
+            check_seed(f"seeds[{i}]", seeds[i])
+    if not weights:  # the dispatcher finds a kernel by the tensors it is given
+        return []
+    return _score(
+        weights,
+        grads or (),
+        states or (),
+        formula,
+        [(1, 1)] * n if blocks is None else blocks,
+        reduce,
+        [1.0] * n if normalizers is None else normalizers,
+        [0] * n if seeds is None else seeds,
+    )
+
+
+def _score(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[Tensor],
+    formula: str,
+    blocks: Sequence[tuple[int, int]],
+    reduce: str,
+    normalizers: Sequence[float],
+    seeds: Sequence[int],
+) -> list[Tensor]:
+    """The op, on what was checked."""
     with torch.no_grad():
-        scores: Tensor = torch.ops.secateur.score(
-            readable(weight),
-            None if grad is None else readable(grad),
-            None if state is None else readable(state),
+        scores: list[Tensor] = torch.ops.secateur.score(
+            [readable(w) for w in weights],
+            [readable(g) for g in grads],
+            [readable(s) for s in states],
             formula,
-            *block,
+            [rows for rows, _ in blocks],
+            [cols for _, cols in blocks],
             reduce,
-            float(normalizer),
-            seed,
+            [float(x) for x in normalizers],
+            list(seeds),
         )
     return scores
 
@@ -136,7 +245,8 @@ def score_update_(
         ``state.mul_(decay).add_(observed, alpha=gain)`` followed by :func:`score` with ``state``
     """
     _check_update(state, weight, grad, formula, decay, gain, normalizer)
-    _check_block(block, reduce)
+    _check_block("block", block)
+    _check_reduce(reduce)
     with torch.no_grad():
         scores: Tensor = torch.ops.secateur.score_update_(
             state,
@@ -225,26 +335,29 @@ def check_observed(formula: str, name: str, given: bool) -> None:
         raise ValueError(f"expected {name} for formula {formula!r}, got None")
 
 
-def _check_weight(weight: Tensor) -> None:
-    check_float("weight", weight)
+def check_weight(weights: Sequence[Tensor], i: int) -> None:
+    """Check the ``i``-th weight of a list."""
+    check_float(f"weights[{i}]", weights[i])
+    if weights[i].device != weights[0].device:
+        raise ValueError(
+            f"expected weights on one device, got {weights[0].device} and, weights[{i}], "
+            f"{weights[i].device}"
+        )
 
 
-def _check_grad(weight: Tensor, grad: Tensor | None, *, needed: bool, formula: str) -> None:
-    if needed:
-        check_observed(formula, "grad", grad is not None)
-    if grad is not None:
-        check_like("grad", grad, "weight", weight, weight.dtype)
+def check_one_a_weight(name: str, given: Sequence[object], n: int) -> None:
+    if len(given) != n:
+        raise ValueError(f"expected {n} {name}, one a weight, got {len(given)}")
 
 
-def _check_state(weight: Tensor, state: Tensor) -> None:
-    check_like("state", state, "weight", weight, compute_dtype(weight.dtype))
-
-
-def _check_block(block: tuple[int, int], reduce: str) -> None:
+def _check_block(name: str, block: tuple[int, int]) -> None:
     if not is_ints(block):
-        raise TypeError(f"expected block to be (rows, columns), got {block!r}")
+        raise TypeError(f"expected {name} to be (rows, columns), got {block!r}")
     if len(block) != 2 or not all(1 <= n < 2**63 for n in block):
-        raise ValueError(f"expected block to be (rows, columns), each at least 1, got {block}")
+        raise ValueError(f"expected {name} to be (rows, columns), each at least 1, got {block}")
+
+
+def _check_reduce(reduce: str) -> None:
     if reduce not in REDUCTIONS:
         raise ValueError(f"expected reduce to be one of {', '.join(REDUCTIONS)}, got {reduce!r}")
 
@@ -261,9 +374,11 @@ def _check_update(
     check_formula(formula)
     if formula == "random":
         raise ValueError("expected a formula that measures weights or gradients, got 'random'")
-    _check_weight(weight)
-    _check_grad(weight, grad, needed=True, formula=formula)
-    _check_state(weight, state)
+    check_float("weight", weight)
+    check_observed(formula, "grad", grad is not None)
+    if grad is not None:
+        check_like("grad", grad, "weight", weight, weight.dtype)
+    check_like("state", state, "weight", weight, compute_dtype(weight.dtype))
     check_writable("state", state)
     if not (math.isfinite(decay) and math.isfinite(gain)):
         raise ValueError(f"expected finite decay and gain, got {decay} and {gain}")
@@ -283,17 +398,17 @@ def _empty_scores(weight: Tensor, rows: int, cols: int) -> Tensor:
 
 @torch.library.register_fake("secateur::score")
 def _(
-    weight: Tensor,
-    grad: Tensor | None,
-    state: Tensor | None,
+    weights: list[Tensor],
+    grads: list[Tensor],
+    states: list[Tensor],
     formula: str,
-    rows: int,
-    cols: int,
+    rows: list[int],
+    cols: list[int],
     reduce: str,
-    normalizer: float,
-    seed: int,
-) -> Tensor:
-    return _empty_scores(weight, rows, cols)
+    normalizers: list[float],
+    seeds: list[int],
+) -> list[Tensor]:
+    return [_empty_scores(w, r, c) for w, r, c in zip(weights, rows, cols, strict=True)]
 
 
 @torch.library.register_fake("secateur::score_update_")
@@ -407,18 +522,22 @@ def _reduce_reference(x: Tensor, rows: int, cols: int, reduce: str) -> Tensor:
 
 
 def score_reference(
-    weight: Tensor,
-    grad: Tensor | None,
-    state: Tensor | None,
+    weights: list[Tensor],
+    grads: list[Tensor],
+    states: list[Tensor],
     formula: str,
-    rows: int,
-    cols: int,
+    rows: list[int],
+    cols: list[int],
     reduce: str,
-    normalizer: float,
-    seed: int,
-) -> Tensor:
-    x = elements_reference(weight, grad, state, formula, normalizer, seed)
-    return _reduce_reference(x, rows, cols, reduce)
+    normalizers: list[float],
+    seeds: list[int],
+) -> list[Tensor]:
+    scores = []
+    for i, w in enumerate(weights):
+        grad, state = grads[i] if grads else None, states[i] if states else None
+        x = elements_reference(w, grad, state, formula, normalizers[i], seeds[i])
+        scores.append(_reduce_reference(x, rows[i], cols[i], reduce))
+    return scores
 
 
 def score_update_reference_(
@@ -434,7 +553,8 @@ def score_update_reference_(
     normalizer: float,
 ) -> Tensor:
     observe_reference_(state, weight, grad, formula, decay, gain, normalizer)
-    return score_reference(weight, None, state, formula, rows, cols, reduce, 1.0, 0)
+    x = elements_reference(weight, None, state, formula, 1.0, 0)
+    return _reduce_reference(x, rows, cols, reduce)
 
 
 def observe_reference_(
@@ -478,17 +598,35 @@ def _inputs(
 
 def _score_samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
     cases = list(_inputs(dtype, device))
+
+    def one(name: str, inputs: Sequence[Tensor | None], *rest: Any) -> Sample:
+        formula, block, reduce, normalizer, seed = rest
+        tensors = [[] if t is None else [t] for t in inputs]
+        blocks = [block[0]], [block[1]]
+        return Sample(name, (*tensors, formula, *blocks, reduce, [normalizer], [seed]))
+
     for i, (name, w, g, _) in enumerate(cases):
         for j in range(i % 2, len(_BLOCKS), 2):  # half of the pairs: every block, every shape
             block, reduce = _BLOCKS[j], REDUCTIONS[(i + j) % 4]
-            yield Sample(f"{name} {block} {reduce}", (w, g, None, "taylor", *block, reduce, 1.0, 0))
+            case = f"{name} {block} {reduce}"
+            yield one(case, (w, g, None), "taylor", block, reduce, 1.0, 0)
     _, w, g, s = cases[5]
     for formula in FORMULAS:
-        yield Sample(formula, (w, g, None, formula, 1, 1, "mean", 50.0, 7))
-        yield Sample(f"{formula} of blocks", (w, g, None, formula, 8, 6, "sum", 50.0, 7))
-        yield Sample(f"{formula} by state", (w, None, s, formula, 1, 1, "mean", 0.9, 0))
+        yield one(formula, (w, g, None), formula, (1, 1), "mean", 50.0, 7)
+        yield one(f"{formula} of blocks", (w, g, None), formula, (8, 6), "sum", 50.0, 7)
+        yield one(f"{formula} by state", (w, None, s), formula, (1, 1), "mean", 0.9, 0)
     for reduce in REDUCTIONS:
-        yield Sample(f"state {reduce}", (w, None, s, "obd", 8, 6, reduce, 0.9, 0))
+        yield one(f"state {reduce}", (w, None, s), "obd", (8, 6), reduce, 0.9, 0)
+    # Every shape, layout and block in one list, and more small ones than a CUDA launch takes.
+    cases += list(_inputs(torch.float64, device)) + list(_inputs(torch.float32, device))
+    cases += cases[3:5] * 16
+    n = len(cases)
+    _, weights, grads, states = (list(column) for column in zip(*cases, strict=True))
+    blocks = [list(sizes) for sizes in zip(*(_BLOCKS * n)[:n], strict=True)]
+    divisors = [1.0 + i for i in range(n)], list(range(n))
+    yield Sample("many", (weights, grads, [], "taylor", *blocks, "sum", *divisors))
+    yield Sample("many entropies", (weights, [], [], "entropy", *blocks, "mean", *divisors))
+    yield Sample("many by state", (weights, [], states, "obd", *blocks, "l2", *divisors))
 
 
 def _update_samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:

@@ -18,7 +18,9 @@ from secateur.ops.score import (
     check_like,
     check_normalizer,
     check_observed,
+    check_one_a_weight,
     check_seed,
+    check_weight,
     compute_dtype,
     elements_reference,
 )
@@ -266,16 +268,11 @@ def _arguments(
     n = len(weights)
     check_formula(formula)
     for i, w in enumerate(weights):
-        check_float(f"weights[{i}]", w)
+        check_weight(weights, i)
         if compute_dtype(w.dtype) != compute_dtype(weights[0].dtype):
             raise TypeError(
                 f"expected weights that are all float64 or none, got {weights[0].dtype} and, "
                 f"weights[{i}], {w.dtype}"
-            )
-        if w.device != weights[0].device:
-            raise ValueError(
-                f"expected weights on one device, got {weights[0].device} and, weights[{i}], "
-                f"{w.device}"
             )
     if states is None:
         check_observed(formula, "grads", grads is not None)
@@ -286,11 +283,9 @@ def _arguments(
         ("normalizers", normalizers),
         ("seeds", seeds),
     ):
-        if given is None:
-            continue
-        check_list(name, given)
-        if len(given) != n:
-            raise ValueError(f"expected {n} {name}, one a weight, got {len(given)}")
+        if given is not None:
+            check_list(name, given)
+            check_one_a_weight(name, given, n)
     for i, w in enumerate(weights):
         of = f"weights[{i}]"
         if grads is not None:
