@@ -15,7 +15,7 @@ from torch import Tensor
 from bench import harness
 from secateur import ops
 
-Run = Callable[[], Tensor]
+Run = Callable[[], Tensor | list[Tensor]]
 
 
 def in_blocks(x: Tensor, size: int) -> Tensor:
@@ -62,6 +62,15 @@ def cases(n: int, k: int, dtype: torch.dtype) -> Iterator[tuple[str, Run, Run, i
         lambda: (wide(g) * wide(w)).abs().sum(0, keepdim=True),
         2 * read,
     )
+    small_w, small_g = (
+        list(torch.randn(128, 128, 128, generator=generator).to(dtype)) for _ in range(2)
+    )
+    yield (
+        "|g*w| of 128 small weights",
+        lambda: ops.score_each(small_w, small_g, formula="taylor"),
+        lambda: [(wide(a) * wide(b)).abs() for a, b in zip(small_g, small_w, strict=True)],
+        sum(2 * t.nbytes + 4 * t.numel() for t in small_w),
+    )
     yield (
         "entropy",
         score("entropy", normalizer=total),
@@ -91,7 +100,7 @@ def main() -> None:
 
     timer, clock_name = harness.timer()
 
-    def check(result: Tensor, expected: Tensor) -> None:
+    def check(result: Tensor | list[Tensor], expected: Tensor | list[Tensor]) -> None:
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-12)
 
     rows: list[dict[str, Any]] = []

@@ -96,18 +96,19 @@ def unit_scores(
     Args:
         layers: by their index among all layers.
     """
-    # Those that are scored from the same kinds of inputs are scored together.
+    # Those that are scored by one formula from the same kinds of inputs are scored together.
     alike: dict[tuple[Any, ...], list[int]] = {}
     arguments = {}
     for i, layer in layers.items():
         arguments[i] = given = _arguments(i, layer, criterion, inputs)
         kinds = (name for name in ("grad", "state") if given.get(name) is not None)
-        alike.setdefault((given["weight"].device, *kinds), []).append(i)
+        key = (_formula(criterion, layer), given["weight"].device, *kinds)
+        alike.setdefault(key, []).append(i)
     scores: dict[int, Tensor] = {}
-    for members in alike.values():
+    for (formula, *_), members in alike.items():
         scored = ops.score_each(
             **_lists([arguments[i] for i in members]),
-            formula=_formula(criterion, layers[members[0]]),
+            formula=formula,
             blocks=[layers[i].block for i in members],
             reduce=granularity.reduction,
         )
