@@ -325,14 +325,25 @@ def test_each_by_default() -> None:
     weights = [randn(3, 4), randn(5, dtype=torch.float64).requires_grad_()]
     for formula in ("magnitude", "entropy", "random"):
         got = ops.score_each(weights, formula=formula)
-        for x, w in zip(got, weights, strict=True):
-            assert torch.equal(x, ops.score(w, formula=formula))
+        for i, (x, w) in enumerate(zip(got, weights, strict=True)):
+            assert torch.equal(x, ops.score(w, formula=formula, seed=i))
             assert not x.requires_grad
 
 
 def test_each_of_none() -> None:
     assert ops.score_each([], formula="magnitude") == []
     assert ops.score_each([], [], [], formula="taylor", blocks=[], normalizers=[], seeds=[]) == []
+
+
+@pytest.mark.parametrize("block", [(2**63 - 1, 1), (1, 2**63 - 1), (2**63 - 1, 2**63 - 1)])
+def test_blocks_of_any_size(block: tuple[int, int]) -> None:
+    w, state = randn(4, 6), torch.zeros(4, 6)
+    fits = min(block[0], 4), min(block[1], 6)
+    want = ops.score(w, formula="magnitude", block=fits)
+    assert torch.equal(ops.score(w, formula="magnitude", block=block), want)
+    assert torch.equal(ops.score_each([w], formula="magnitude", blocks=[block])[0], want)
+    got = ops.score_update_(state, w, formula="magnitude", decay=0.0, gain=1.0, block=block)
+    assert torch.equal(got, want)
 
 
 # Bad input
@@ -394,7 +405,8 @@ def test_bad_score(change: dict[str, Any], error: type[Exception], match: str) -
         ({"blocks": (1, 1)}, TypeError, r"blocks\[0\] to be \(rows, columns\), got 1"),
         ({"blocks": [(1, 1), (0, 1)]}, ValueError, r"blocks\[1\] .* at least 1, got \(0, 1\)"),
         ({"normalizers": [1.0]}, ValueError, "2 normalizers, one a weight, got 1"),
-        ({"normalizers": 1.0}, TypeError, "normalizers to be a list"),
+        ({"normalizers": 1.0}, TypeError, "normalizers to be a list, one a weight, got float"),
+        ({"blocks": 3}, TypeError, "blocks to be a list, one a weight, got int"),
         ({"normalizers": [1.0, 0.0]}, ValueError, r"normalizers\[1\] to be a positive.*got 0.0"),
         ({"seeds": [1]}, ValueError, "2 seeds, one a weight, got 1"),
         ({"seeds": [1, 0.5]}, TypeError, r"seeds\[1\] to be an int, got 0.5"),

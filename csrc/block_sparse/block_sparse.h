@@ -19,8 +19,8 @@ constexpr int64_t kBatchLanes = 64;  // rows of the batch in one transposed pane
 
 // How a matrix (batch, features) is laid out for the kernel.
 enum class Layout : int32_t {
-  InPlace,     // as given
-  Panels,      // [features / block][batch][block], zero beyond the last feature
+  InPlace,  // as given
+  Panels,   // [features / block][batch][panel_row(block) of cpu.cpp], zero beyond the last feature
   Transposed,  // [batch / panel][features][panel], zero beyond the last row
 };
 

@@ -30,7 +30,7 @@ namespace {
 
 // Fewer rows than this do not pay for transposing the weights.
 constexpr int64_t kFewRows = 16;
-constexpr int64_t kFewLanes = 16;             // kBatchLanes of small batches and of Features
+constexpr int64_t kFewLanes = 16;             // kBatchLanes of small batches
 constexpr int64_t kFeatureChunk = 16;         // output features that Batch transposes at a time
 constexpr int64_t kPackRows = 8;              // rows of the batch copied to panels at a time
 constexpr int64_t kSmallBlock = 16;           // weights
@@ -43,8 +43,9 @@ constexpr int kMaxVectors = kVectorRegisters == 32 ? 4 : 2;
 // of six finds its left operand in panels, which the next tile's follows, and not transposed.
 constexpr int kFeatureAccumulators = kVectorRegisters == 32 ? 16 : 12;
 constexpr Layout kFeatureLayout = kVectorRegisters == 32 ? Layout::Transposed : Layout::Panels;
-constexpr int64_t kFeaturePanel = kVectorRegisters == 32 ? kFewLanes : 24;  // whole tiles
-constexpr int64_t kFeatureRows = kVectorRegisters == 32 ? 64 : 72;          // in one task
+// Rows of a panel for Features, whole tiles; on 16 registers also for Batch, as three vectors.
+constexpr int64_t kFeaturePanel = kVectorRegisters == 32 ? kFewLanes : 24;
+constexpr int64_t kFeatureRows = kVectorRegisters == 32 ? 64 : 72;  // in one task
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -199,7 +200,8 @@ struct Features {
   }
 };
 
-// From one row of a panel to the next: rows of 512 bytes would share an eighth of the sets of L1.
+// From one row of a panel to the next: rows of 512 bytes, 128 floats, would share an eighth of the
+// sets of L1.
 constexpr int64_t panel_row(int64_t width) { return width % 128 == 0 ? width + 16 : width; }
 
 // Calls f(m, feature, count) for each row m of [begin, end) and each line of features, a few rows
@@ -579,7 +581,7 @@ void run_batch(const Args& g, int64_t begin, int64_t end) {
                                 features + i * lanes);
           return r;
         };
-        constexpr int kMost = kAccumulators / 2;  // two vectors each
+        constexpr int kMost = kAccumulators / 2;  // two vectors each, or three
         i += left >= kMost ? run(std::integral_constant<int, kMost>{})
              : left >= 4   ? run(std::integral_constant<int, 4>{})
              : left >= 2   ? run(std::integral_constant<int, 2>{})

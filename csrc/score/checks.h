@@ -1,5 +1,6 @@
 #pragma once
 // What the ops of every device check alike; for op.cpp and op_cuda.cpp.
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <vector>
@@ -36,8 +37,9 @@ inline void check_blocks(const char* op, Args& args, int64_t rows, int64_t cols,
                          const std::string& reduce) {
   STD_TORCH_CHECK(rows >= 1 && cols >= 1, op, ": expected a block of at least 1 x 1, got ", rows,
                   " x ", cols);
-  args.rows = rows;
-  args.cols = cols;
+  // Blocks do not go beyond the matrix.
+  args.rows = std::min(rows, std::max<int64_t>(args.n_rows, 1));
+  args.cols = std::min(cols, std::max<int64_t>(args.n_cols, 1));
   args.reduce = parse_name<Reduce>(op, "reduce", kReduceNames, reduce);
 }
 

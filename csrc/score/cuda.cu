@@ -540,13 +540,6 @@ Work rows(const Args& a, bool enters) {
   return work;
 }
 
-// Blocks do not go beyond the matrix.
-Args clipped(Args a) {
-  a.rows = std::min(a.rows, a.n_rows);
-  a.cols = std::min(a.cols, a.n_cols);
-  return a;
-}
-
 // Whether columns are reduced first: of blocks that are wider than a tile, and of large ones that
 // are too few to keep a GPU busy.
 bool in_two_passes(const Args& a) {
@@ -566,19 +559,16 @@ int64_t columns_bytes(const Args& a) {
 
 int64_t workspace_bytes(const Args* tensors, int64_t count) {
   int64_t bytes = 0;
-  for (const Args& tensor : std::span(tensors, count)) {
-    const Args a = clipped(tensor);
+  for (const Args& a : std::span(tensors, count))
     if (in_two_passes(a)) bytes += columns_bytes(a);
-  }
   return bytes;
 }
 
 int run(const Args* tensors, int64_t count, void* workspace, void* stream) {
   std::vector<Work> first, second;
   auto* memory = static_cast<unsigned char*>(workspace);
-  for (const Args& tensor : std::span(tensors, count)) {
-    const Args a = clipped(tensor);
-    if (by_elements(tensor)) {
+  for (const Args& a : std::span(tensors, count)) {
+    if (by_elements(a)) {
       first.push_back(elements(a));
     } else if (in_two_passes(a)) {
       Args down = a;

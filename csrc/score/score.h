@@ -6,8 +6,8 @@
 
 namespace secateur::score {
 
-// Scores of a weight seen as an n_rows x n_cols matrix, reduced to blocks of rows x cols elements;
-// blocks at the edges hold what is there.
+// Scores of a weight seen as an n_rows x n_cols matrix, reduced to blocks of rows x cols elements,
+// no larger than the matrix; blocks at the edges hold what is there.
 struct Args {
   ScoreInputs inputs;
   Mode mode;

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,8 @@ from secateur.scope import share_out
 from secateur.shards import part
 
 __all__ = ["Choice", "Inputs", "choose", "measured", "non_finite", "normalizer", "unit_scores"]
+
+_TOGETHER = 1 << 26  # bytes of weights whose units are scored at a time
 
 
 @dataclass(frozen=True)
@@ -96,24 +98,38 @@ def unit_scores(
     Args:
         layers: by their index among all layers.
     """
-    # Those that are scored by one formula from the same kinds of inputs are scored together.
-    alike: dict[tuple[Any, ...], list[int]] = {}
-    arguments = {}
-    for i, layer in layers.items():
-        arguments[i] = given = _arguments(i, layer, criterion, inputs)
-        kinds = (name for name in ("grad", "state") if given.get(name) is not None)
-        key = (_formula(criterion, layer), given["weight"].device, *kinds)
-        alike.setdefault(key, []).append(i)
     scores: dict[int, Tensor] = {}
-    for (formula, *_), members in alike.items():
-        scored = ops.score_each(
-            **_lists([arguments[i] for i in members]),
-            formula=formula,
-            blocks=[layers[i].block for i in members],
-            reduce=granularity.reduction,
-        )
-        scores.update(zip(members, scored, strict=True))
+    for batch in _batches(layers):
+        # Those that are scored by one formula from the same kinds of inputs are scored together.
+        alike: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
+        for i in batch:
+            given = _arguments(i, layers[i], criterion, inputs)
+            kinds = (name for name in ("grad", "state") if given.get(name) is not None)
+            key = (_formula(criterion, layers[i]), given["weight"].device, *kinds)
+            alike.setdefault(key, {})[i] = given
+        for (formula, *_), members in alike.items():
+            scored = ops.score_each(
+                **_lists(list(members.values())),
+                formula=formula,
+                blocks=[layers[i].block for i in members],
+                reduce=granularity.reduction,
+            )
+            scores.update(zip(members, scored, strict=True))
     return scores
+
+
+def _batches(layers: Mapping[int, Layer]) -> Iterator[list[int]]:
+    """Their indices, a few at a time: what is scored may have been computed for it."""
+    batch: list[int] = []
+    size = 0
+    for i, layer in layers.items():
+        batch.append(i)
+        size += layer.own.nbytes
+        if size >= _TOGETHER:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _lists(arguments: Sequence[dict[str, Any]]) -> dict[str, Any]:

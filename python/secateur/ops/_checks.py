@@ -19,11 +19,11 @@ def check_tensor(name: str, t: object) -> None:
         raise TypeError(f"expected {name} to be a Tensor, got {type(t).__name__}")
 
 
-def check_list(name: str, tensors: object) -> None:
-    """TypeError unless ``tensors``, called ``name``, is a list or tuple."""
-    if not isinstance(tensors, Sequence) or isinstance(tensors, str):
-        what = "a Tensor" if isinstance(tensors, Tensor) else type(tensors).__name__
-        raise TypeError(f"expected {name} to be a list of Tensors, got {what}")
+def check_list(name: str, given: object, what: str = "a list of Tensors") -> None:
+    """TypeError unless ``given``, called ``name``, is a list or tuple."""
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        got = "a Tensor" if isinstance(given, Tensor) else type(given).__name__
+        raise TypeError(f"expected {name} to be {what}, got {got}")
 
 
 def check_float(name: str, t: Tensor) -> None:

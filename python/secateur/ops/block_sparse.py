@@ -128,7 +128,7 @@ def block_sparse_linear(
     autocast, inputs are cast to its dtype, as in ``torch.nn.functional.linear``.
 
     Memory beside the result, in the compute dtype, which the thread keeps for its next call: at
-    most 512 rows of ``x`` and the live values twice; in the backward pass at most 512 rows of ``x``
+    most 600 rows of ``x`` and the live values twice; in the backward pass at most 600 rows of ``x``
     and of y's gradient and the live values four times.
 
     Args:

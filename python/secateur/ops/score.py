@@ -141,7 +141,7 @@ def score_each(
         blocks: (rows, columns) of a block, one a weight; default (1, 1).
         reduce: ``"sum"``, ``"mean"``, ``"max"`` or ``"l2"`` over the elements of a block.
         normalizers: as in :func:`score`, one a weight; default 1.
-        seeds: as in :func:`score`, one a weight; default 0.
+        seeds: as in :func:`score`, one a weight; default 0, 1, 2, ...
 
     Returns:
         For each weight its scores, as :func:`score` returns them.
@@ -153,35 +153,11 @@ def score_each(
     Equivalent to:
         ``[score(w, g, s, formula=formula, ...) for w, g, s, ... in zip(weights, grads, ...)]``
     """
-    check_list("weights", weights)
-    n = len(weights)
-    check_formula(formula)
-    if states is None:
-        check_observed(formula, "grads", grads is not None)
+    check_lists(weights, grads, states, formula, normalizers, seeds, blocks=blocks)
     _check_reduce(reduce)
-    for name, given in (
-        ("grads", grads),
-        ("states", states),
-        ("blocks", blocks),
-        ("normalizers", normalizers),
-        ("seeds", seeds),
-    ):
-        if given is not None:
-            check_list(name, given)
-            check_one_a_weight(name, given, n)
-    for i, w in enumerate(weights):
-        check_weight(weights, i)
-        of = f"weights[{i}]"
-        if grads is not None:
-            check_like(f"grads[{i}]", grads[i], of, w, w.dtype)
-        if states is not None:
-            check_like(f"states[{i}]", states[i], of, w, compute_dtype(w.dtype))
-        if blocks is not None:
-            _check_block(f"blocks[{i}]", blocks[i])
-        if normalizers is not None:
-            check_normalizer(f"normalizers[{i}]", normalizers[i])
-        if seeds is not None:
-            check_seed(f"seeds[{i}]", seeds[i])
+    for i, block in enumerate(blocks or ()):
+        _check_block(f"blocks[{i}]", block)
+    n = len(weights)
     if not weights:  # the dispatcher finds a kernel by the tensors it is given
         return []
     return _score(
@@ -192,7 +168,7 @@ def score_each(
         [(1, 1)] * n if blocks is None else blocks,
         reduce,
         [1.0] * n if normalizers is None else normalizers,
-        [0] * n if seeds is None else seeds,
+        range(n) if seeds is None else seeds,
     )
 
 
@@ -335,19 +311,45 @@ def check_observed(formula: str, name: str, given: bool) -> None:
         raise ValueError(f"expected {name} for formula {formula!r}, got None")
 
 
-def check_weight(weights: Sequence[Tensor], i: int) -> None:
-    """Check the ``i``-th weight of a list."""
-    check_float(f"weights[{i}]", weights[i])
-    if weights[i].device != weights[0].device:
-        raise ValueError(
-            f"expected weights on one device, got {weights[0].device} and, weights[{i}], "
-            f"{weights[i].device}"
-        )
-
-
-def check_one_a_weight(name: str, given: Sequence[object], n: int) -> None:
-    if len(given) != n:
-        raise ValueError(f"expected {n} {name}, one a weight, got {len(given)}")
+def check_lists(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor] | None,
+    states: Sequence[Tensor] | None,
+    formula: str,
+    normalizers: Sequence[float] | None,
+    seeds: Sequence[int] | None,
+    **others: Sequence[object] | None,
+) -> None:
+    """Check what a list of weights is scored by; of ``others``, only how many they are."""
+    check_list("weights", weights)
+    n = len(weights)
+    check_formula(formula)
+    for i, w in enumerate(weights):
+        check_float(f"weights[{i}]", w)
+        if w.device != weights[0].device:
+            raise ValueError(
+                f"expected weights on one device, got {weights[0].device} and, weights[{i}], "
+                f"{w.device}"
+            )
+    if states is None:
+        check_observed(formula, "grads", grads is not None)
+    tensors = {"grads": grads, "states": states}
+    for name, given in (tensors | others | {"normalizers": normalizers, "seeds": seeds}).items():
+        if given is not None:
+            kind = "a list of Tensors" if name in tensors else "a list, one a weight"
+            check_list(name, given, kind)
+            if len(given) != n:
+                raise ValueError(f"expected {n} {name}, one a weight, got {len(given)}")
+    for i, w in enumerate(weights):
+        of = f"weights[{i}]"
+        if grads is not None:
+            check_like(f"grads[{i}]", grads[i], of, w, w.dtype)
+        if states is not None:
+            check_like(f"states[{i}]", states[i], of, w, compute_dtype(w.dtype))
+        if normalizers is not None:
+            check_normalizer(f"normalizers[{i}]", normalizers[i])
+        if seeds is not None:
+            check_seed(f"seeds[{i}]", seeds[i])
 
 
 def _check_block(name: str, block: tuple[int, int]) -> None:

@@ -14,13 +14,7 @@ from secateur.ops._checks import check_float, check_list, check_tensor, readable
 from secateur.ops._spec import OpSpec, Sample
 from secateur.ops.mask import pack_mask_reference, unpack_mask, unpack_mask_reference
 from secateur.ops.score import (
-    check_formula,
-    check_like,
-    check_normalizer,
-    check_observed,
-    check_one_a_weight,
-    check_seed,
-    check_weight,
+    check_lists,
     compute_dtype,
     elements_reference,
 )
@@ -264,40 +258,16 @@ def _arguments(
     seeds: Sequence[int] | None,
 ) -> dict[str, Any]:
     """What select and histogram are told alike, checked and as the kernels take it."""
-    check_list("weights", weights)
-    n = len(weights)
-    check_formula(formula)
+    check_lists(weights, grads, states, formula, normalizers, seeds, alive=alive)
     for i, w in enumerate(weights):
-        check_weight(weights, i)
         if compute_dtype(w.dtype) != compute_dtype(weights[0].dtype):
             raise TypeError(
                 f"expected weights that are all float64 or none, got {weights[0].dtype} and, "
                 f"weights[{i}], {w.dtype}"
             )
-    if states is None:
-        check_observed(formula, "grads", grads is not None)
-    for name, given in (
-        ("grads", grads),
-        ("states", states),
-        ("alive", alive),
-        ("normalizers", normalizers),
-        ("seeds", seeds),
-    ):
-        if given is not None:
-            check_list(name, given)
-            check_one_a_weight(name, given, n)
-    for i, w in enumerate(weights):
-        of = f"weights[{i}]"
-        if grads is not None:
-            check_like(f"grads[{i}]", grads[i], of, w, w.dtype)
-        if states is not None:
-            check_like(f"states[{i}]", states[i], of, w, compute_dtype(w.dtype))
         if alive is not None:
             _check_alive(f"alive[{i}]", alive[i], w)
-        if normalizers is not None:
-            check_normalizer(f"normalizers[{i}]", normalizers[i])
-        if seeds is not None:
-            check_seed(f"seeds[{i}]", seeds[i])
+    n = len(weights)
     return {
         "weights": [readable(w) for w in weights],
         "grads": [readable(g) for g in grads or ()],
