@@ -309,12 +309,11 @@ def printed(row: Mapping[str, Any]) -> dict[str, str]:
         key: harness.text(row[key])
         for key in ("pass", "dtype", "rows", "shape", "block", "density", "pattern")
     }
-    shown |= {key: harness.text(row[key]) for key in ("ours ms", "GFLOP/s", "of peak", "of read")}
+    measured = ("ours ms", "GFLOP/s", "of peak", "of read", "best x dense")
+    shown |= {key: harness.text(row[key]) for key in measured}
     for other in peers():
         factor = row[f"x {other}"]
         shown[f"x {other}"] = harness.text(factor) + (" <" if factor and factor < 1 else "")
-        if other == "dense":
-            shown["best x dense"] = harness.text(row["best x dense"])
     counts = [row["calls"], *(row[f"{other} calls"] for other in peers())]
     return shown | {"calls": str(min(count for count in counts if count))}
 

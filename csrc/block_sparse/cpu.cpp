@@ -638,19 +638,15 @@ SECATEUR_TILE void outer_rows(const D& dy, const E* x, int64_t x_stride, int64_t
     for (int64_t m = begin; m < end; m += dy.lanes)
       multiply_add(tile, dy.at(m) + i * dy.line, dy.line, dy.step, x + m * x_stride, x_stride,
                    std::min(dy.lanes, end - m));
-    if (add) {
-      unroll<R>([&](auto r) SECATEUR_INLINE {
-        unroll<NV>([&](auto v) SECATEUR_INLINE {
-          C* const place = to + r * stride + v * W;
-          store<W>(place, load<W>(place) + tile.acc[r][v]);
-        });
-      });
-    } else {
+    if (add)
       unroll<R>([&](auto r) SECATEUR_INLINE {
         unroll<NV>([&](auto v)
-                       SECATEUR_INLINE { store<W>(to + r * stride + v * W, tile.acc[r][v]); });
+                       SECATEUR_INLINE { tile.acc[r][v] += load<W>(to + r * stride + v * W); });
       });
-    }
+    unroll<R>([&](auto r) SECATEUR_INLINE {
+      unroll<NV>([&](auto v)
+                     SECATEUR_INLINE { store<W>(to + r * stride + v * W, tile.acc[r][v]); });
+    });
   }
   if constexpr (R > 1)
     if (i < rows)
