@@ -15,9 +15,6 @@
 namespace secateur::topk::SECATEUR_ISA {
 namespace {
 
-// Elements scored and classified at a time: few, so that reading and comparing overlap.
-constexpr int kStep = 512;
-static_assert(kStep <= kRun);
 constexpr int kSampleRun = 32;  // neighbours sampled together: a page walk buys two cache lines
 constexpr int64_t kMaxSample = int64_t{1} << 18;
 constexpr int64_t kMinCapacity = 49152;
@@ -80,12 +77,20 @@ inline Classes classify(const T* scores, const KeyRule<T>& rule, Int<T> low, Int
   return {above, ~(above | below), bits_greater<lanes, Int<T>>(largest, I{} + rule.limit) != 0};
 }
 
+// The bytes of n bits, or of 64; a size that the compiler knows is no call.
+inline void copy_word(void* to, const void* from, int64_t n) {
+  if (n >= 64)
+    std::memcpy(to, from, 8);
+  else
+    std::memcpy(to, from, static_cast<size_t>((n + 7) / 8));
+}
+
 // Bits of elements index..index + n, n <= 64, of a bit-packed mask; index is a multiple of 8.
 inline uint64_t mask_word(const uint8_t* mask, int64_t index, int64_t n) {
   const uint64_t exist = n < 64 ? (uint64_t{1} << n) - 1 : ~uint64_t{0};
   if (!mask) return exist;
   uint64_t bits = 0;
-  std::memcpy(&bits, mask + index / 8, static_cast<size_t>((std::min<int64_t>(n, 64) + 7) / 8));
+  copy_word(&bits, mask + index / 8, n);
   return bits & exist;
 }
 
@@ -133,9 +138,9 @@ template <typename T, typename F>
 inline void for_words(const Search& s, const Item& item, const KeyRule<T>& rule, int64_t first,
                       int64_t n, RunBuffers<T>& buffers, F&& f) {
   const Int<T> low = static_cast<Int<T>>(s.low), high = static_cast<Int<T>>(s.high);
-  alignas(64) T run[kStep];
-  for (int64_t begin = 0; begin < n; begin += kStep) {
-    const int64_t count = std::min<int64_t>(kStep, n - begin);
+  alignas(64) T run[kRun];
+  for (int64_t begin = 0; begin < n; begin += kRun) {
+    const int64_t count = std::min<int64_t>(kRun, n - begin);
     const T* scores = scores_of(s, item, first + begin, count, buffers, run);
     for (int64_t i = 0; i < count; i += 64) {
       const int64_t left = count - i;
@@ -156,8 +161,7 @@ inline void for_words(const Search& s, const Item& item, const KeyRule<T>& rule,
 }
 
 inline void store_mask(const Item& item, int64_t index, int64_t left, uint64_t bits) {
-  std::memcpy(item.mask + index / 8, &bits,
-              static_cast<size_t>((std::min<int64_t>(left, 64) + 7) / 8));
+  copy_word(item.mask + index / 8, &bits, left);
 }
 
 inline void add_atomically(int64_t& counter, int64_t n) {
@@ -213,17 +217,21 @@ int64_t count_from(const K* keys, int64_t n, K bound) {
   return count;
 }
 
-// The `rank`-th best of the keys, counted from 1; it is known to lie in low..high. By bisection:
-// counting is a few vector instructions over a buffer that is in cache.
+// The `rank`-th best of the keys, counted from 1, or one that is at most `slack` ranks worse; it is
+// known to lie in low..high. By bisection: counting is a few vector instructions over a buffer that
+// is in cache.
 template <typename K>
-K kth(const K* keys, int64_t n, int64_t low, int64_t high, int64_t rank) {
+K kth(const K* keys, int64_t n, int64_t low, int64_t high, int64_t rank, int64_t slack = 0) {
   while (low < high) {
     const int64_t middle =
         high - static_cast<int64_t>((static_cast<uint64_t>(high) - static_cast<uint64_t>(low)) / 2);
-    if (count_from(keys, n, static_cast<K>(middle)) >= rank)
-      low = middle;
-    else
+    const int64_t count = count_from(keys, n, static_cast<K>(middle));
+    if (count < rank) {
       high = middle - 1;
+    } else {
+      low = middle;
+      if (slack > 0 && count <= rank + slack) break;
+    }
   }
   return static_cast<K>(low);
 }
@@ -413,9 +421,9 @@ void after_sample(Search& s) {
     const double room = 0.45 * static_cast<double>(s.capacity) * n / alive;
     const int64_t margin =
         static_cast<int64_t>(std::min(4 * __builtin_sqrt(n * share * (1 - share)), room)) + 1;
-    const int64_t rank = static_cast<int64_t>(n * share);
-    if (rank + margin <= s.pooled) low = kth(keys, s.pooled, low, high, rank + margin);
-    if (rank - margin >= 1) high = kth(keys, s.pooled, low, high, rank - margin);
+    const int64_t rank = static_cast<int64_t>(n * share), slack = margin / 16;
+    if (rank + margin <= s.pooled) low = kth(keys, s.pooled, low, high, rank + margin, slack);
+    if (rank - margin >= 1) high = kth(keys, s.pooled, low, high, rank - margin, slack);
   }
   go_sweep(s, low, high);
 }
