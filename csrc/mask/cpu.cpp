@@ -17,6 +17,21 @@ inline uint8_t gather_bits(uint64_t bools) {
   return static_cast<uint8_t>((bools & 0x0101010101010101u) * 0x0102040810204080u >> 56);
 }
 
+// The inverse: bit i of the byte, as 0 or 1, to byte i.
+inline uint64_t spread_bits(uint8_t bits) {
+  const uint64_t each = bits * 0x0101010101010101u & 0x8040201008040201u;
+  return (each + 0x7f7f7f7f7f7f7f7fu) >> 7 & 0x0101010101010101u;
+}
+
+// Calls f(byte, number of its bits) for bytes [begin, end) of a mask of numel bits. Eight is a
+// constant there: a copy of as many bools is no call.
+template <typename F>
+inline void for_bytes(int64_t numel, int64_t begin, int64_t end, F&& f) {
+  const int64_t whole = std::min(end, numel / 8);
+  for (int64_t byte = begin; byte < whole; ++byte) f(byte, std::integral_constant<size_t, 8>{});
+  if (whole < end) f(whole, static_cast<size_t>(numel % 8));
+}
+
 constexpr int kGroup = 64;
 
 // One machine vector, with no more lanes than T has bits: of wider ones the compiler would compare
@@ -113,19 +128,18 @@ bool apply_elements(const View& t, int64_t numel, const uint8_t* bits, int64_t b
 }  // namespace
 
 void pack(const uint8_t* bools, int64_t numel, uint8_t* bits, int64_t begin, int64_t end) {
-  for (int64_t byte = begin; byte < end; ++byte) {
+  for_bytes(numel, begin, end, [&](int64_t byte, auto count) {
     uint64_t eight = 0;
-    std::memcpy(&eight, bools + byte * 8, std::min<int64_t>(8, numel - byte * 8));
+    std::memcpy(&eight, bools + byte * 8, count);
     bits[byte] = gather_bits(eight);
-  }
+  });
 }
 
 void unpack(const uint8_t* bits, int64_t numel, uint8_t* bools, int64_t begin, int64_t end) {
-  for (int64_t byte = begin; byte < end; ++byte) {
-    uint8_t eight[8];
-    for (int j = 0; j < 8; ++j) eight[j] = bits[byte] >> j & 1;
-    std::memcpy(bools + byte * 8, eight, std::min<int64_t>(8, numel - byte * 8));
-  }
+  for_bytes(numel, begin, end, [&](int64_t byte, auto count) {
+    const uint64_t eight = spread_bits(bits[byte]);
+    std::memcpy(bools + byte * 8, &eight, count);
+  });
 }
 
 bool apply(const View& tensor, int64_t numel, const uint8_t* bits, int64_t begin, int64_t end) {

@@ -30,6 +30,7 @@ Tensor unpack_cpu(const Tensor& bits, std::vector<int64_t> shape) {
   check_bits("unpack_mask", bits, numel);
   Tensor mask = torch::stable::new_empty(bits, shape, ScalarType::Bool);
   if (numel == 0) return mask;
+  prefer_huge_pages(mask.mutable_data_ptr(), numel);
   Unpack* run = SECATEUR_FOR_ISA(unpack);
   torch::stable::parallel_for(0, byte_count(numel), kGrainBytes, [&](int64_t begin, int64_t end) {
     run(bytes(bits), numel, mutable_bytes(mask), begin, end);
