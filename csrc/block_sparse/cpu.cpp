@@ -31,10 +31,13 @@ namespace {
 // Fewer rows than this do not pay for transposing the weights.
 constexpr int64_t kFewRows = 16;
 constexpr int64_t kFewLanes = 16;             // kBatchLanes of small batches
-constexpr int64_t kFeatureChunk = 16;         // output features that Batch transposes at a time
 constexpr int64_t kPackRows = 8;              // rows of the batch copied to panels at a time
 constexpr int64_t kSmallBlock = 16;           // weights
 constexpr int64_t kTaskMultiplies = 1 << 16;  // worth waking a thread
+
+// Output features that Batch transposes at a time: lines of one row are written one after the
+// other, as rows are often a power of two apart and share few sets of L1.
+constexpr int64_t kFeatureChunk = 64;
 
 // Accumulators a tile may hold: the rest of the registers take B and the broadcast.
 constexpr int kAccumulators = kVectorRegisters == 32 ? 16 : 8;
@@ -525,11 +528,11 @@ void store_transposed(const Compute<T>* features, int64_t count, int64_t lanes,
                       int64_t stride) {
   using C = Compute<T>;
   constexpr int W = kLanes<C>;
-  for (int64_t f = 0; f < count; f += W) {
-    const int64_t width = std::min<int64_t>(W, count - f);
-    Vec<C, W> offset = {};
-    if (epilogue.bias) offset = load_first<W>(epilogue.bias + first + f, width);
-    for (int64_t m = 0; m < rows; m += W) {
+  for (int64_t m = 0; m < rows; m += W) {
+    for (int64_t f = 0; f < count; f += W) {
+      const int64_t width = std::min<int64_t>(W, count - f);
+      Vec<C, W> offset = {};
+      if (epilogue.bias) offset = load_first<W>(epilogue.bias + first + f, width);
       T* const tile = out + m * stride + f;
       Vec<C, W> v[W];
       unroll<W>([&](auto i) SECATEUR_INLINE { v[i] = load<W>(features + (f + i) * lanes + m); });
