@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -48,6 +49,13 @@ def with_peak(row: Row) -> str:
     return f"{times(row)} ({100 * float(row['of peak']):.0f} %)"
 
 
+def by_dense(rows: Sequence[Row]) -> str:
+    """What dense torch makes of the peak, by the cases where it does as much work as ours."""
+    found = where(rows, {**BASE, "dtype": rows[0]["dtype"], "pass": "fwd+bwd", "density": "1.0"})
+    shares = [float(row["of peak"]) / float(row["x dense"]) for row in found]
+    return f", of which dense torch makes {100 * statistics.median(shares):.0f} %" if shares else ""
+
+
 def pivot(
     rows: Sequence[Row], across: str, columns: Sequence[str], cell: Callable[[Row], str] = times
 ) -> str:
@@ -66,7 +74,7 @@ def tables(rows: Sequence[Row]) -> str:
     parts = [
         "Measured on " + ", ".join(f"{name} {first[name]}" for name in environment) + ".",
         "; ".join(
-            f"{dtype}: peak {float(found[0]['peak GFLOP/s']):.0f} GFLOP/s"
+            f"{dtype}: peak {float(found[0]['peak GFLOP/s']):.0f} GFLOP/s{by_dense(found)}"
             for dtype in ("float32", "bfloat16")
             if (found := where(rows, {"dtype": dtype}))
         )

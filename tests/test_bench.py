@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import sys
 from collections.abc import Callable
@@ -132,6 +133,15 @@ def test_short_calls_go_on_as_long_as_asked() -> None:
 
 
 @pytest.mark.usefixtures("restore")
+def test_a_call_on_the_cpu_is_timed_as_users_make_it() -> None:
+    """A default device, the CPU even, is a mode that every method of a tensor passes through."""
+    with torch.device("cpu"):
+        one = torch._C._len_torch_function_stack()
+    before = torch._C._len_torch_function_stack()
+    harness.set_device(argparse.ArgumentParser(), "cpu")
+    assert torch._C._len_torch_function_stack() == before == one - 1
+
+
 def test_one_thread_is_measured_in_cpu_time() -> None:
     names = []
     for threads in (1, 2):
