@@ -13,8 +13,11 @@ namespace {
 constexpr int64_t kGrainElements = 16384;
 
 // One loop over the elements of all tensors: to start the threads takes as long as a small one.
-void run(const std::vector<Args>& tensors) {
+void run(const Prepared& prepared) {
+  const std::vector<Args>& tensors = prepared.tensors;
   if (tensors.empty()) return;
+  for (const Tensor& scores : prepared.scores)
+    prefer_huge_pages(scores.mutable_data_ptr(), scores.numel() * scores.element_size());
   std::vector<Run*> kernels;
   std::vector<int64_t> per_task;  // elements; a task begins with its first
   std::vector<int64_t> first{0};
@@ -43,7 +46,7 @@ std::vector<Tensor> score_cpu(std::vector<Tensor> weights, std::vector<Tensor> g
                               std::vector<int64_t> seeds) {
   const Prepared prepared =
       prepare_score(weights, grads, states, formula, rows, cols, reduce, normalizers, seeds);
-  run(prepared.tensors);
+  run(prepared);
   return prepared.scores;
 }
 
@@ -52,7 +55,7 @@ Tensor score_update_cpu(Tensor state, const Tensor& weight, std::optional<Tensor
                         std::string reduce, double normalizer) {
   const Prepared prepared =
       prepare_update(state, weight, grad, formula, decay, gain, rows, cols, reduce, normalizer);
-  run(prepared.tensors);
+  run(prepared);
   return prepared.scores[0];
 }
 
