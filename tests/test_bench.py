@@ -132,7 +132,6 @@ def test_short_calls_go_on_as_long_as_asked() -> None:
     assert harness.measure(calls, 0.5, machine.timer)["a"].calls == 250
 
 
-@pytest.mark.usefixtures("restore")
 def test_a_call_on_the_cpu_is_timed_as_users_make_it() -> None:
     """A default device, the CPU even, is a mode that every method of a tensor passes through."""
     with torch.device("cpu"):
@@ -142,6 +141,7 @@ def test_a_call_on_the_cpu_is_timed_as_users_make_it() -> None:
     assert torch._C._len_torch_function_stack() == before == one - 1
 
 
+@pytest.mark.usefixtures("restore")
 def test_one_thread_is_measured_in_cpu_time() -> None:
     names = []
     for threads in (1, 2):

@@ -77,7 +77,7 @@ inline Classes classify(const T* scores, const KeyRule<T>& rule, Int<T> low, Int
   return {above, ~(above | below), bits_greater<lanes, Int<T>>(largest, I{} + rule.limit) != 0};
 }
 
-// The bytes of n bits, or of 64; a size that the compiler knows is no call.
+// The bytes of n bits, at most 64; to copy a size that the compiler knows is no call.
 inline void copy_word(void* to, const void* from, int64_t n) {
   if (n >= 64)
     std::memcpy(to, from, 8);
@@ -85,7 +85,7 @@ inline void copy_word(void* to, const void* from, int64_t n) {
     std::memcpy(to, from, static_cast<size_t>((n + 7) / 8));
 }
 
-// Bits of elements index..index + n, n <= 64, of a bit-packed mask; index is a multiple of 8.
+// Bits of elements index..index + n, at most 64, of a bit-packed mask; index is a multiple of 8.
 inline uint64_t mask_word(const uint8_t* mask, int64_t index, int64_t n) {
   const uint64_t exist = n < 64 ? (uint64_t{1} << n) - 1 : ~uint64_t{0};
   if (!mask) return exist;
