@@ -325,13 +325,12 @@ SECATEUR_TILE void feature_tile(const Side& s, int64_t line, const E* a, int64_t
     multiply_add(tile, a + s.index[p] * a_block, a_line, a_step,
                  blocks + s.block(p) * s.line_width * s.inner_width + j, s.line_width, s.inner(p));
   const int64_t f = line * s.line_width + j;
-  if (std::is_same_v<T, C> && f + NV * W <= s.out_features &&
-      epilogue.activation == Activation::None) {
+  if (f + NV * W <= s.out_features && epilogue.activation == Activation::None) {
     unroll<NV>([&](auto v) SECATEUR_INLINE {
       Vec<C, W> offset = {};
       if (epilogue.bias) offset = load<W>(epilogue.bias + f + v * W);
       unroll<R>([&](auto i) SECATEUR_INLINE {
-        store<W>(out + i * s.out_features + f + v * W, tile.acc[i][v] + offset);
+        store_flushed<W>(out + i * s.out_features + f + v * W, tile.acc[i][v] + offset);
       });
     });
     return;
@@ -938,7 +937,7 @@ void finish_sums(const Args& g, int64_t begin, int64_t end) {
   for (; i + W <= end; i += W) {
     Vec<C, W> sum = load<W>(sums + i);
     if (other) sum += load<W>(other + i);
-    store<W>(dw + i, sum);
+    store_flushed<W>(dw + i, sum);
   }
   for (; i < end; ++i) dw[i] = narrow<T>(other ? sums[i] + other[i] : sums[i]);
 }

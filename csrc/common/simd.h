@@ -114,6 +114,19 @@ inline void store(T* p, Vec<Compute<T>, N> v) {
   }
 }
 
+// The same, but that bfloat16 below the normal range may become zero, as in multiply_add() of pairs.
+template <int N, typename T>
+inline void store_flushed(T* p, Vec<Compute<T>, N> v) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, BFloat16> && N == 16) {
+    const __m256bh half = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
+    std::memcpy(p, &half, sizeof(half));
+    return;
+  }
+#endif
+  store<N>(p, v);
+}
+
 // The first `count` lanes only, 0 <= count <= N.
 template <int N, typename T>
 inline void store_first(T* p, Vec<Compute<T>, N> v, int64_t count) {
