@@ -31,7 +31,10 @@ namespace {
 // Fewer rows than this do not pay for transposing the weights.
 constexpr int64_t kFewRows = 16;
 constexpr int64_t kFewLanes = 16;             // kBatchLanes of small batches
+constexpr int64_t kFewestLanes = 8;           // of smaller ones, which a vector of 512 bits exceeds
+constexpr int64_t kDotRows = 3;               // more rows than this do not pay for sums across lanes
 constexpr int64_t kPackRows = 8;              // rows of the batch copied to panels at a time
+constexpr int64_t kPackAhead = 256;           // features from what is copied to what is fetched
 constexpr int64_t kSmallBlock = 16;           // weights
 constexpr int64_t kTaskMultiplies = 1 << 16;  // worth waking a thread
 
@@ -61,10 +64,13 @@ using One = std::integral_constant<int64_t, 1>;
 using FewLanes = std::integral_constant<int64_t, kFewLanes>;
 
 // a(i, l) = a[i * line + l * step]; strides are int64_t or compile-time constants. E is what is
-// multiplied: C, or uint32_t for pairs along the inner dimension.
-template <typename C, int R, int NV, int W, typename E, typename B, typename Line, typename Step>
+// multiplied: C, or uint32_t for pairs along the inner dimension. `next`, if not null, is as much of
+// A that will be read later, without gaps.
+template <typename C, int R, int NV, int W, typename E, typename B, typename Line, typename Step,
+          typename Next = std::nullptr_t>
 SECATEUR_INLINE inline void multiply_add(Tile<C, R, NV, W>& tile, const E* a, Line line, Step step,
-                                         const B* b, int64_t b_step, int64_t inner) {
+                                         const B* b, int64_t b_step, int64_t inner,
+                                         Next next = {}) {
   // Lines of any stride are reached from every third: a register for each would be too many.
   constexpr int kNear = std::is_same_v<Line, int64_t> ? 3 : R;
   const E* lines[(R + kNear - 1) / kNear];
@@ -78,6 +84,7 @@ SECATEUR_INLINE inline void multiply_add(Tile<C, R, NV, W>& tile, const E* a, Li
         tile.acc[i][v] = secateur::multiply_add<C, W, E>(tile.acc[i][v], left, right[v]);
       });
     });
+    if constexpr (!std::is_null_pointer_v<Next>) __builtin_prefetch(next + l * R);
     for (const E*& at : lines) at += step;
     b += b_step;
   }
@@ -182,6 +189,25 @@ struct Epilogue {
   }
 };
 
+// Asks for `rows` times `count` elements that will soon be read, in an order that the machine does
+// not foresee. Inlined: a compiler takes a function that only prefetches for one without effect.
+template <typename E>
+SECATEUR_INLINE inline void expect(const E* at, int64_t stride, int64_t rows, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(E);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < count; j += kLine) __builtin_prefetch(at + i * stride + j, 0, 2);
+}
+
+// The blocks of a line, where they lie apart in memory.
+template <typename B>
+SECATEUR_INLINE inline void expect_blocks(const Side& s, const B* blocks, int64_t line) {
+  const int64_t size = s.line_width * s.inner_width;
+  constexpr int64_t kFewest = 64 / sizeof(B), kMost = 4096 / sizeof(B);  // foreseen by then
+  if (!s.position || line >= s.lines || size < kFewest || size > kMost) return;
+  for (int64_t p = s.ptr[line]; p < s.ptr[line + 1]; ++p)
+    expect(blocks + s.position[p] * size, 0, 1, size);
+}
+
 // ---------------------------------------------------------------- packing
 
 template <typename T>
@@ -252,39 +278,48 @@ void pack_paired_panels(const BFloat16* from, int64_t stride, int64_t batch,
   for_panels(features, begin, end, [&](int64_t m, int64_t feature, int64_t count) {
     const BFloat16* const first = from + 2 * m * stride + feature;
     uint32_t* const row = to + (feature / features.width * pairs + m) * panel_row(features.width);
+    expect(first + kPackAhead, stride, 2, count);
     pair_rows(first, 2 * m + 1 < batch ? first + stride : nullptr, row, count);
     std::fill_n(row + count, features.width - count, 0u);
   });
 }
 
-// The W x W elements at `from` to their transpose at `to`. Unrolled: with an index that is not a
-// constant the vectors would live in memory.
-template <typename T>
-SECATEUR_INLINE inline void transpose_tile(const T* from, int64_t stride, Compute<T>* to,
-                                           int64_t to_stride) {
+// `rows` x W elements at `from` to their transpose at `to`, W wide and zero after `rows`. Unrolled:
+// with an index that is not a constant the vectors would live in memory.
+template <int W, typename T>
+SECATEUR_INLINE inline void transpose_tile(const T* from, int64_t stride, int64_t rows,
+                                           Compute<T>* to, int64_t to_stride) {
   using C = Compute<T>;
-  constexpr int W = kLanes<C>;
   Vec<C, W> v[W];
-  unroll<W>([&](auto i) SECATEUR_INLINE { v[i] = load<W>(from + i * stride); });
+  unroll<W>([&](auto i)
+                SECATEUR_INLINE { v[i] = i < rows ? load<W>(from + i * stride) : Vec<C, W>{}; });
   transpose<C, W>(v);
   unroll<W>([&](auto i) SECATEUR_INLINE { store<W>(to + i * to_stride, v[i]); });
 }
 
-// The same of its first `rows` rows and `cols` columns: `cols` rows, zero after `rows`.
-template <typename T>
+// The same of fewer columns, `cols`.
+template <int W, typename T>
 void transpose_corner(const T* from, int64_t stride, int64_t rows, int64_t cols, Compute<T>* to,
                       int64_t to_stride) {
   for (int64_t j = 0; j < cols; ++j)
-    for (int64_t i = 0; i < kLanes<Compute<T>>; ++i)
+    for (int64_t i = 0; i < W; ++i)
       to[j * to_stride + i] = i < rows ? widen(from[i * stride + j]) : Compute<T>{0};
 }
 
-// Layout::Transposed; an item is kFeatureChunk features of one panel.
-template <typename T>
+// Vectors across `lanes` lanes of the batch.
+template <typename C>
+constexpr int kFewestWide = std::min<int>(kLanes<C>, kFewestLanes);
+template <typename C, typename F>
+void for_lanes(int64_t lanes, F&& f) {
+  if (lanes == kFewestLanes) return f.template operator()<kFewestWide<C>, kFewestLanes>();
+  f.template operator()<kLanes<C>, kBatchLanes>();
+}
+
+// Layout::Transposed; an item is kFeatureChunk features of one panel. W divides `lanes`.
+template <int W, typename T>
 void pack_transposed(const T* from, int64_t stride, int64_t batch, const Features& features,
                      int64_t lanes, Compute<T>* to, int64_t begin, int64_t end) {
   using C = Compute<T>;
-  constexpr int W = kLanes<C>;
   const int64_t chunks = ceil_div(features.count, kFeatureChunk);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t panel = item / chunks, first = item % chunks * kFeatureChunk;
@@ -298,9 +333,11 @@ void pack_transposed(const T* from, int64_t stride, int64_t batch, const Feature
         const int64_t cols = std::min<int64_t>(W, last - f);
         const T* const tile = from + (rows > 0 ? m * stride : 0) + f;
         if (rows == W && cols == W)
-          transpose_tile(tile, stride, out + f * lanes + m0, lanes);
+          transpose_tile<W>(tile, stride, W, out + f * lanes + m0, lanes);
+        else if (cols == W)
+          transpose_tile<W>(tile, stride, rows, out + f * lanes + m0, lanes);
         else
-          transpose_corner(tile, stride, rows, cols, out + f * lanes + m0, lanes);
+          transpose_corner<W>(tile, stride, rows, cols, out + f * lanes + m0, lanes);
       }
     }
   }
@@ -377,8 +414,13 @@ void run_features(const Args& g, const B* blocks, const E* a, int64_t stride, in
                   int64_t end) {
   constexpr int W = kLanes<Compute<T>>;
   const Side s = g.plan.pairs ? paired(side_of(g)) : side_of(g);
+  int64_t entered = -1;  // panel
   for_groups(s.ptr, s.lines, 1, begin, end, [&](int64_t panel, int64_t line) {
     const int64_t m = panel * kFeatureRows, m_end = std::min(m + kFeatureRows, g.batch);
+    if (kLayout == Layout::InPlace && panel != entered)
+      expect(a + m * stride, stride, m_end - m, s.inner_features);
+    entered = panel;
+    if (panel == 0 && g.first_part && !g.values_space) expect_blocks(s, blocks, line + 1);
     const int64_t width = std::min(s.line_width, s.out_features - line * s.line_width);
     for_vectors<W>(s.line_width, width, [&](auto nv, int64_t j) {
       constexpr int NV = decltype(nv)::value;
@@ -474,10 +516,10 @@ void run_dots(const Args& g, int64_t begin, int64_t end) {
 
 // R neighbouring output features of one line x `lanes` rows of the batch, to out[R][lanes].
 // `a` is the first block's weight of the first feature; inner features are a_step apart.
-template <typename C, int R, int NV>
+// kAhead: weights `ahead` of those that are multiplied are fetched.
+template <typename C, int W, int R, int NV, bool kAhead>
 SECATEUR_TILE void batch_tile(const Side& s, int64_t line, const C* a, int64_t a_line,
-                              int64_t a_step, const C* b, int64_t lanes, C* out) {
-  constexpr int W = kLanes<C>;
+                              int64_t a_step, int64_t ahead, const C* b, int64_t lanes, C* out) {
   const int64_t block_size = s.line_width * s.inner_width;
   Tile<C, R, NV, W> tile = {};
   int64_t p = s.ptr[line];
@@ -500,33 +542,37 @@ SECATEUR_TILE void batch_tile(const Side& s, int64_t line, const C* a, int64_t a
       while (p < end) add(tile);
     }
   }
-  for (; p < end; ++p)
-    multiply_add(tile, a + s.block(p) * block_size, a_line, a_step,
-                 b + s.index[p] * s.inner_width * lanes, lanes, s.inner(p));
+  for (; p < end; ++p) {
+    const C* const left = a + s.block(p) * block_size;
+    const C* const right = b + s.index[p] * s.inner_width * lanes;
+    if constexpr (kAhead)
+      multiply_add(tile, left, a_line, a_step, right, lanes, s.inner(p), left + ahead);
+    else
+      multiply_add(tile, left, a_line, a_step, right, lanes, s.inner(p));
+  }
   unroll<R>([&](auto i) SECATEUR_INLINE {
     unroll<NV>([&](auto v) SECATEUR_INLINE { store<W>(out + i * lanes + v * W, tile.acc[i][v]); });
   });
 }
 
 // Lanes [v, lanes) in tiles of NV vectors, then of fewer.
-template <typename C, int R, int NV>
+template <typename C, int W, int R, int NV, bool kAhead>
 inline void batch_tiles(const Side& s, int64_t line, const C* a, int64_t a_line, int64_t a_step,
-                        const C* b, int64_t lanes, int64_t v, C* out) {
-  constexpr int W = kLanes<C>;
+                        int64_t ahead, const C* b, int64_t lanes, int64_t v, C* out) {
   for (; v + NV * W <= lanes; v += NV * W)
-    batch_tile<C, R, NV>(s, line, a, a_line, a_step, b + v, lanes, out + v);
+    batch_tile<C, W, R, NV, kAhead>(s, line, a, a_line, a_step, ahead, b + v, lanes, out + v);
   if constexpr (NV > 1)
     if (v < lanes)
-      batch_tiles<C, R, NV == 3 ? 2 : NV / 2>(s, line, a, a_line, a_step, b, lanes, v, out);
+      batch_tiles<C, W, R, NV == 3 ? 2 : NV / 2, kAhead>(s, line, a, a_line, a_step, ahead, b,
+                                                         lanes, v, out);
 }
 
 // features[count][lanes] (and zeros up to a multiple of the vector) to rows of the batch.
-template <typename T>
+template <int W, typename T>
 void store_transposed(const Compute<T>* features, int64_t count, int64_t lanes,
                       const Epilogue<T>& epilogue, int64_t first, int64_t rows, T* out,
                       int64_t stride) {
   using C = Compute<T>;
-  constexpr int W = kLanes<C>;
   for (int64_t m = 0; m < rows; m += W) {
     for (int64_t f = 0; f < count; f += W) {
       const int64_t width = std::min<int64_t>(W, count - f);
@@ -552,7 +598,8 @@ int64_t lines_per_group(int64_t line_width) {
   return std::max<int64_t>(1, kFeatureChunk / line_width);
 }
 
-template <typename T>
+// kMostLanes is as many as the panel may have.
+template <typename T, int W, int kMostLanes>
 void run_batch(const Args& g, int64_t begin, int64_t end) {
   using C = Compute<T>;
   const Side s = side_of(g);
@@ -564,34 +611,51 @@ void run_batch(const Args& g, int64_t begin, int64_t end) {
   const int64_t per_group = lines_per_group(s.line_width);
   const Epilogue<T> epilogue(g);
   T* const out = static_cast<T*>(g.out);
-  alignas(64) C features[kFeatureChunk * kBatchLanes] = {};
+  alignas(64) C features[kFeatureChunk * kMostLanes] = {};
   for_groups(s.ptr, s.lines, per_group, begin, end, [&](int64_t panel, int64_t group) {
     const int64_t first = group * per_group * s.line_width;
     const int64_t last = std::min(first + per_group * s.line_width, s.out_features);
     const C* const right = b + panel * s.inner_features * lanes;
     const int64_t m = panel * lanes;
+    if (panel == 0 && g.first_part && !g.values_space)
+      for (int64_t line = (group + 1) * per_group; line < (group + 2) * per_group; ++line)
+        expect_blocks(s, values, line);
     for (int64_t f = first; f < last; f += kFeatureChunk) {
       const int64_t count = std::min(kFeatureChunk, last - f);
       for (int64_t i = 0; i < count;) {
         const int64_t line = (f + i) / s.line_width, inside = (f + i) % s.line_width;
         const int64_t left = std::min(count - i, s.line_width - inside);
+        constexpr int kMost =  // features: two vectors each, or three
+            kAccumulators / std::min<int>(2, kMostLanes / W);
         const auto run = [&](auto r) -> int64_t {
           constexpr int R = decltype(r)::value;
           constexpr int kSums = R > 1 ? kFeatureAccumulators : kAccumulators;
-          constexpr int NV = std::clamp<int>(kSums / R, 1, kBatchLanes / kLanes<C>);
-          batch_tiles<C, R, NV>(s, line, values + inside * a_line, a_line, a_step, right, lanes, 0,
-                                features + i * lanes);
+          constexpr int NV = std::clamp<int>(kSums / R, 1, kMostLanes / W);
+          const auto tiles = [&]<bool kAhead>(int64_t ahead) {
+            batch_tiles<C, W, R, NV, kAhead>(s, line, values + inside * a_line, a_line, a_step,
+                                             ahead, right, lanes, 0, features + i * lanes);
+          };
+          // Part of each block at a time is not what the machine foresees: the next part, or the
+          // first one of the next line, is fetched meanwhile.
+          if (R == kMost && forward && s.line_width > R)
+            tiles.template operator()<R == kMost>(
+                inside + R < s.line_width
+                    ? R * a_line
+                    : (s.ptr[line + 1] - s.ptr[line]) * s.line_width * s.inner_width -
+                          inside * a_line);
+          else
+            tiles.template operator()<false>(0);
           return r;
         };
-        constexpr int kMost = kAccumulators / 2;  // two vectors each, or three
         i += left >= kMost ? run(std::integral_constant<int, kMost>{})
+             : left >= 8 && kMost > 8 ? run(std::integral_constant<int, std::min(kMost, 8)>{})
              : left >= 4   ? run(std::integral_constant<int, 4>{})
              : left >= 2   ? run(std::integral_constant<int, 2>{})
                            : run(std::integral_constant<int, 1>{});
       }
       const int64_t rows = std::min(lanes, g.batch - m);
       T* const to = out + m * s.out_features + f;
-      store_transposed<T>(features, count, lanes, epilogue, f, rows, to, s.out_features);
+      store_transposed<W, T>(features, count, lanes, epilogue, f, rows, to, s.out_features);
     }
   });
 }
@@ -914,7 +978,7 @@ void run_backward(const Args& g, int64_t begin, int64_t end) {
         for (; v < lanes; v += W) run(std::integral_constant<int, 1>{}, v);
       }
       const int64_t m = panel * lanes;
-      store_transposed<T>(features, count, lanes, Epilogue<T>(g), first,
+      store_transposed<W, T>(features, count, lanes, Epilogue<T>(g), first,
                           std::min(lanes, g.batch - m), dx + m * g.in_features + first,
                           g.in_features);
     });
@@ -1061,9 +1125,9 @@ Plan plan_for(const Args& g) {
   const auto lay_out_left = [&](Layout layout) {
     forward ? lay_out_x(layout) : lay_out_dy(layout);
   };
-  if (!as_features(s.line_width)) {
+  if (!as_features(s.line_width) || (forward && few && g.batch > kDotRows)) {
     plan.method = Method::Batch;
-    plan.panel = gather_lanes(s.inner_features);
+    plan.panel = g.batch <= kFewestLanes ? kFewestLanes : gather_lanes(s.inner_features);
     lay_out_left(Layout::Transposed);
     // Single weights in the other order would cost a cache line each.
     plan.reorder_values = !forward && block_size <= kSmallBlock && g.batch > kFewLanes;
@@ -1101,9 +1165,9 @@ void pack_matrix(const Args& g, Layout layout, const void* data, int64_t stride,
       if (layout == Layout::Panels)
         pack_paired_panels(static_cast<const T*>(data), stride, g.batch, features, to, begin, end);
       else
-        pack_transposed(static_cast<const uint32_t*>(data), stride / 2, g.batch,
-                        {features.count / 2, features.width / 2, features.ptr}, g.plan.panel, to,
-                        begin, end);
+        pack_transposed<kLanes<uint32_t>>(
+            static_cast<const uint32_t*>(data), stride / 2, g.batch,
+            {features.count / 2, features.width / 2, features.ptr}, g.plan.panel, to, begin, end);
       return;
     }
   }
@@ -1112,7 +1176,9 @@ void pack_matrix(const Args& g, Layout layout, const void* data, int64_t stride,
   if (layout == Layout::Panels)
     pack_panels<T>(from, stride, g.batch, features, to, begin, end);
   else
-    pack_transposed<T>(from, stride, g.batch, features, g.plan.panel, to, begin, end);
+    for_lanes<Compute<T>>(g.plan.panel, [&]<int W, int kMostLanes>() {
+      pack_transposed<W>(from, stride, g.batch, features, g.plan.panel, to, begin, end);
+    });
 }
 
 // Blocks (rows, cols) of E to (cols, rows).
@@ -1128,9 +1194,9 @@ void transpose_blocks(const E* from, int64_t rows, int64_t cols, Compute<E>* to,
       for (int64_t j = 0; j < cols; j += W) {
         const E* const tile = block + i * cols + j;
         if (j + W <= cols)
-          transpose_tile(tile, cols, out + j * rows + i, rows);
+          transpose_tile<W>(tile, cols, W, out + j * rows + i, rows);
         else
-          transpose_corner(tile, cols, W, cols - j, out + j * rows + i, rows);
+          transpose_corner<W>(tile, cols, W, cols - j, out + j * rows + i, rows);
       }
     }
   }
@@ -1172,7 +1238,9 @@ void run_for(const Args& g, int64_t begin, int64_t end) {
   if (g.product == Product::Backward) return run_backward<T>(g, begin, end);
   if (g.plan.method == Method::Batch) {
     if (g.product == Product::WeightGradient) return run_dot_weights<C>(g, begin, end);
-    return run_batch<T>(g, begin, end);
+    return for_lanes<C>(g.plan.panel, [&]<int W, int kMostLanes>() {
+      run_batch<T, W, kMostLanes>(g, begin, end);
+    });
   }
   if (g.plan.method == Method::Dots) return run_dots<T>(g, begin, end);
   if (g.product == Product::WeightGradient) {
