@@ -32,7 +32,7 @@ namespace {
 constexpr int64_t kFewRows = 16;
 constexpr int64_t kFewLanes = 16;             // kBatchLanes of small batches
 constexpr int64_t kFewestLanes = 8;           // of smaller ones, which a vector of 512 bits exceeds
-constexpr int64_t kDotRows = 3;               // more rows than this do not pay for sums across lanes
+constexpr int kDotRows = 2;                   // more rows than this do not pay for sums across lanes
 constexpr int64_t kPackRows = 8;              // rows of the batch copied to panels at a time
 constexpr int64_t kPackAhead = 256;           // features from what is copied to what is fetched
 constexpr int64_t kSmallBlock = 16;           // weights
@@ -449,14 +449,15 @@ inline void dot_tile(const Side& s, int64_t line, int64_t i0, const Compute<T>* 
     for (int64_t p = begin; p < end; ++p) {
       const T* const w = first + p * s.line_width * s.inner_width;
       const C* const a = x + s.index[p] * panel_stride;
-      for (int64_t l = 0, inner = s.inner(p); l + W <= inner; l += W) {
-        Vec<C, W> right[R];
-        unroll<R>([&](auto m) SECATEUR_INLINE { right[m] = load<W>(a + m * row_stride + l); });
-        unroll<I>([&](auto i) SECATEUR_INLINE {
+      const int64_t inner = s.inner(p);
+      unroll<I>([&](auto i) SECATEUR_INLINE {  // in the order of memory
+        for (int64_t l = 0; l + W <= inner; l += W) {
           const Vec<C, W> left = load<W>(w + i * s.inner_width + l);
-          unroll<R>([&](auto m) SECATEUR_INLINE { tile.acc[i][m] += left * right[m]; });
-        });
-      }
+          unroll<R>([&](auto m) SECATEUR_INLINE {
+            tile.acc[i][m] += left * load<W>(a + m * row_stride + l);
+          });
+        }
+      });
     }
     unroll<I>([&](auto i) SECATEUR_INLINE {
       unroll<R>([&](auto m) SECATEUR_INLINE { store<W>(lanes[i * R + m], tile.acc[i][m]); });
@@ -508,7 +509,7 @@ void run_dots(const Args& g, int64_t begin, int64_t end) {
   const int64_t row_stride = in_place ? g.x_stride : panel_row(g.cols);
   const int64_t panel_stride = in_place ? g.cols : row_stride * g.batch;
   for_groups(s.ptr, s.lines, 1, begin, end, [&](int64_t, int64_t line) {
-    dot_rows<T, kAccumulators / 4>(g, s, line, x, panel_stride, row_stride, 0);
+    dot_rows<T, kDotRows>(g, s, line, x, panel_stride, row_stride, 0);
   });
 }
 
