@@ -518,9 +518,9 @@ void run_dots(const Args& g, int64_t begin, int64_t end) {
 // R neighbouring output features of one line x `lanes` rows of the batch, to out[R][lanes].
 // `a` is the first block's weight of the first feature; inner features are a_step apart.
 // kAhead: weights `ahead` of those that are multiplied are fetched.
-template <typename C, int W, int R, int NV, bool kAhead>
-SECATEUR_TILE void batch_tile(const Side& s, int64_t line, const C* a, int64_t a_line,
-                              int64_t a_step, int64_t ahead, const C* b, int64_t lanes, C* out) {
+template <typename C, int W, int R, int NV, bool kAhead, typename E>
+SECATEUR_TILE void batch_tile(const Side& s, int64_t line, const E* a, int64_t a_line,
+                              int64_t a_step, int64_t ahead, const E* b, int64_t lanes, C* out) {
   const int64_t block_size = s.line_width * s.inner_width;
   Tile<C, R, NV, W> tile = {};
   int64_t p = s.ptr[line];
@@ -544,8 +544,8 @@ SECATEUR_TILE void batch_tile(const Side& s, int64_t line, const C* a, int64_t a
     }
   }
   for (; p < end; ++p) {
-    const C* const left = a + s.block(p) * block_size;
-    const C* const right = b + s.index[p] * s.inner_width * lanes;
+    const E* const left = a + s.block(p) * block_size;
+    const E* const right = b + s.index[p] * s.inner_width * lanes;
     if constexpr (kAhead)
       multiply_add(tile, left, a_line, a_step, right, lanes, s.inner(p), left + ahead);
     else
@@ -557,9 +557,9 @@ SECATEUR_TILE void batch_tile(const Side& s, int64_t line, const C* a, int64_t a
 }
 
 // Lanes [v, lanes) in tiles of NV vectors, then of fewer.
-template <typename C, int W, int R, int NV, bool kAhead>
-inline void batch_tiles(const Side& s, int64_t line, const C* a, int64_t a_line, int64_t a_step,
-                        int64_t ahead, const C* b, int64_t lanes, int64_t v, C* out) {
+template <typename C, int W, int R, int NV, bool kAhead, typename E>
+inline void batch_tiles(const Side& s, int64_t line, const E* a, int64_t a_line, int64_t a_step,
+                        int64_t ahead, const E* b, int64_t lanes, int64_t v, C* out) {
   for (; v + NV * W <= lanes; v += NV * W)
     batch_tile<C, W, R, NV, kAhead>(s, line, a, a_line, a_step, ahead, b + v, lanes, out + v);
   if constexpr (NV > 1)
@@ -599,16 +599,16 @@ int64_t lines_per_group(int64_t line_width) {
   return std::max<int64_t>(1, kFeatureChunk / line_width);
 }
 
-// kMostLanes is as many as the panel may have.
-template <typename T, int W, int kMostLanes>
+// kMostLanes is as many as the panel may have; E is as in multiply_add().
+template <typename T, int W, int kMostLanes, typename E>
 void run_batch(const Args& g, int64_t begin, int64_t end) {
   using C = Compute<T>;
-  const Side s = side_of(g);
+  const Side s = g.plan.pairs ? paired(side_of(g)) : side_of(g);
   const bool forward = g.product == Product::Forward;
-  const auto* const values = static_cast<const C*>(g.values_space ? g.values_space : g.values);
-  const auto* const b = static_cast<const C*>(forward ? g.x_space : g.dy_space);
+  const auto* const values = static_cast<const E*>(g.values_space ? g.values_space : g.values);
+  const auto* const b = static_cast<const E*>(forward ? g.x_space : g.dy_space);
   const int64_t lanes = g.plan.panel;
-  const int64_t a_line = forward ? g.cols : 1, a_step = forward ? 1 : g.cols;
+  const int64_t a_line = forward ? s.inner_width : 1, a_step = forward ? 1 : g.cols;
   const int64_t per_group = lines_per_group(s.line_width);
   const Epilogue<T> epilogue(g);
   T* const out = static_cast<T*>(g.out);
@@ -616,7 +616,7 @@ void run_batch(const Args& g, int64_t begin, int64_t end) {
   for_groups(s.ptr, s.lines, per_group, begin, end, [&](int64_t panel, int64_t group) {
     const int64_t first = group * per_group * s.line_width;
     const int64_t last = std::min(first + per_group * s.line_width, s.out_features);
-    const C* const right = b + panel * s.inner_features * lanes;
+    const E* const right = b + panel * s.inner_features * lanes;
     const int64_t m = panel * lanes;
     if (panel == 0 && g.first_part && !g.values_space)
       for (int64_t line = (group + 1) * per_group; line < (group + 2) * per_group; ++line)
@@ -1030,16 +1030,34 @@ Plan plan_for(const Args& g) {
   const int64_t block_size = g.rows * g.cols;
   const int64_t values_bytes = g.n_blocks * block_size * kBytes;
   const bool few = g.batch < kFewRows;
+  const bool forward = g.product == Product::Forward;
+  const Side s = side_of(g);
   Plan plan{};
+  // Lines of one vector would take a broadcast for each multiply-add, which 16 registers cannot
+  // hide.
+  const auto as_features = [&](int64_t line_width) {
+    constexpr int64_t kNarrowest = kVectorRegisters == 32 ? W : 2 * W;
+    return g.rows % W == 0 && g.cols % W == 0 && (few || line_width >= kNarrowest);
+  };
+  const bool by_lanes = !as_features(s.line_width) || (forward && few && g.batch > kDotRows);
+  const bool outer = g.rows >= 4 && g.cols % kHalfLanes<C> == 0;
   // Pairs along features take two neighbours in memory, pairs along the batch any two rows.
   const auto even = [](const void* data, int64_t features, int64_t stride) {
     return reinterpret_cast<uintptr_t>(data) % 4 == 0 && features % 2 == 0 && stride % 2 == 0;
   };
-  plan.pairs = kHasPairs && std::is_same_v<T, BFloat16> && !few && g.rows % W == 0 &&
-               g.cols % W == 0 &&
-               (g.product == Product::WeightGradient ||
-                (g.product == Product::Forward ? even(g.x, g.in_features, g.x_stride)
-                                               : even(g.dy, g.out_features, g.dy_stride)));
+  const auto in_pairs = [&] {
+    switch (g.product) {
+      case Product::Forward:
+        return even(g.x, g.in_features, g.x_stride) && even(g.values, g.cols, 0) &&
+               (by_lanes || !few);
+      case Product::InputGradient:
+        return even(g.dy, g.out_features, g.dy_stride) && g.rows % 2 == 0 &&
+               (by_lanes ? block_size > kSmallBlock : !few);
+      default:
+        return g.product == Product::WeightGradient && outer && !few;
+    }
+  };
+  plan.pairs = kHasPairs && std::is_same_v<T, BFloat16> && in_pairs();
   // Of what is packed: a pair is as large as a float.
   const int64_t batch =
       plan.pairs && g.product == Product::WeightGradient ? ceil_div(g.batch, 2) : g.batch;
@@ -1065,19 +1083,13 @@ Plan plan_for(const Args& g) {
   const auto lay_out_dy = [&](Layout layout) {
     lay_out(layout, g.out_features, g.rows, plan.dy, plan.dy_bytes, plan.pack_dy);
   };
-  // Lines of one vector would take a broadcast for each multiply-add, which 16 registers cannot
-  // hide.
-  const auto as_features = [&](int64_t line_width) {
-    constexpr int64_t kNarrowest = kVectorRegisters == 32 ? W : 2 * W;
-    return g.rows % W == 0 && g.cols % W == 0 && (few || line_width >= kNarrowest);
-  };
   if (g.product == Product::WeightGradient || g.product == Product::Backward) {
     plan.sums_bytes = values_bytes;
     plan.sums_are_dw = !kNarrow && g.product == Product::WeightGradient;
     plan.finish = {g.n_blocks * block_size, kTaskMultiplies / 4};
   }
   const auto copy_values = [&] {
-    plan.values_bytes = values_bytes;
+    plan.values_bytes = plan.pairs ? values_bytes / 2 : values_bytes;
     plan.pack_values = {g.n_blocks, std::max<int64_t>(1, kTaskMultiplies / 4 / block_size)};
   };
 
@@ -1102,7 +1114,7 @@ Plan plan_for(const Args& g) {
     return plan;
   }
   if (g.product == Product::WeightGradient) {
-    if (g.rows >= 4 && g.cols % kHalfLanes<C> == 0) {
+    if (outer) {
       plan.method = Method::Features;
       const bool shares_features = as_features(g.cols);  // with dX, which takes the same dY
       const Layout layout_of_dy = shares_features ? kFeatureLayout : Layout::Transposed;
@@ -1121,18 +1133,16 @@ Plan plan_for(const Args& g) {
     return plan;
   }
 
-  const bool forward = g.product == Product::Forward;
-  const Side s = side_of(g);
   const auto lay_out_left = [&](Layout layout) {
     forward ? lay_out_x(layout) : lay_out_dy(layout);
   };
-  if (!as_features(s.line_width) || (forward && few && g.batch > kDotRows)) {
+  if (by_lanes) {
     plan.method = Method::Batch;
     plan.panel = g.batch <= kFewestLanes ? kFewestLanes : gather_lanes(s.inner_features);
     lay_out_left(Layout::Transposed);
     // Single weights in the other order would cost a cache line each.
     plan.reorder_values = !forward && block_size <= kSmallBlock && g.batch > kFewLanes;
-    if (kNarrow || plan.reorder_values) copy_values();
+    if ((kNarrow && !(forward && plan.pairs)) || plan.reorder_values) copy_values();
     plan.run = group_stage(s.ptr, s.lines, lines_per_group(s.line_width),
                            ceil_div(g.batch, plan.panel), block_size * plan.panel);
   } else if (forward && few) {
@@ -1150,7 +1160,6 @@ Plan plan_for(const Args& g) {
     lay_out_left(in_place ? Layout::InPlace : kFeatureLayout);
     plan.transpose_values = forward;
     if (forward || (kNarrow && !few)) copy_values();
-    if (plan.pairs) plan.values_bytes /= 2;
     plan.run = group_stage(s.ptr, s.lines, 1, ceil_div(g.batch, kFeatureRows),
                            block_size * std::min(g.batch, kFeatureRows));
   }
@@ -1166,9 +1175,11 @@ void pack_matrix(const Args& g, Layout layout, const void* data, int64_t stride,
       if (layout == Layout::Panels)
         pack_paired_panels(static_cast<const T*>(data), stride, g.batch, features, to, begin, end);
       else
-        pack_transposed<kLanes<uint32_t>>(
-            static_cast<const uint32_t*>(data), stride / 2, g.batch,
-            {features.count / 2, features.width / 2, features.ptr}, g.plan.panel, to, begin, end);
+        for_lanes<uint32_t>(g.plan.panel, [&]<int W, int kMostLanes>() {
+          pack_transposed<W>(static_cast<const uint32_t*>(data), stride / 2, g.batch,
+                             {features.count / 2, features.width / 2, features.ptr}, g.plan.panel,
+                             to, begin, end);
+        });
       return;
     }
   }
@@ -1240,15 +1251,20 @@ void run_for(const Args& g, int64_t begin, int64_t end) {
   if (g.plan.method == Method::Batch) {
     if (g.product == Product::WeightGradient) return run_dot_weights<C>(g, begin, end);
     return for_lanes<C>(g.plan.panel, [&]<int W, int kMostLanes>() {
-      run_batch<T, W, kMostLanes>(g, begin, end);
+      if constexpr (kHasPairs && std::is_same_v<T, BFloat16>)
+        if (g.plan.pairs) return run_batch<T, W, kMostLanes, uint32_t>(g, begin, end);
+      run_batch<T, W, kMostLanes, C>(g, begin, end);
     });
   }
   if (g.plan.method == Method::Dots) return run_dots<T>(g, begin, end);
   if (g.product == Product::WeightGradient) {
+    const auto outer = [&]<typename E>() {
+      if (g.cols % kLanes<C> == 0) return run_outer<T, kLanes<C>, E>(g, begin, end);
+      run_outer<T, kHalfLanes<C>, E>(g, begin, end);
+    };
     if constexpr (kHasPairs && std::is_same_v<T, BFloat16>)
-      if (g.plan.pairs) return run_outer<T, kLanes<C>, uint32_t>(g, begin, end);
-    if (g.cols % kLanes<C> == 0) return run_outer<T, kLanes<C>, C>(g, begin, end);
-    return run_outer<T, kHalfLanes<C>, C>(g, begin, end);
+      if (g.plan.pairs) return outer.template operator()<uint32_t>();
+    return outer.template operator()<C>();
   }
   const bool forward = g.product == Product::Forward;
   const bool in_place = (forward ? g.plan.x : g.plan.dy) == Layout::InPlace;

@@ -158,10 +158,15 @@ inline Vec<C, N> multiply_add(Vec<C, N> acc, Vec<E, N> left, Vec<E, N> right) {
     return acc + left * right;
   } else {
 #if defined(__AVX512BF16__)
-    static_assert(std::is_same_v<C, float> && std::is_same_v<E, uint32_t> && N == 16);
-    return reinterpret_cast<Vec<C, N>>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(acc),
-                                                        reinterpret_cast<__m512bh>(left),
-                                                        reinterpret_cast<__m512bh>(right)));
+    static_assert(std::is_same_v<C, float> && std::is_same_v<E, uint32_t> && (N == 8 || N == 16));
+    if constexpr (N == 16)
+      return reinterpret_cast<Vec<C, N>>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(acc),
+                                                          reinterpret_cast<__m512bh>(left),
+                                                          reinterpret_cast<__m512bh>(right)));
+    else
+      return reinterpret_cast<Vec<C, N>>(_mm256_dpbf16_ps(reinterpret_cast<__m256>(acc),
+                                                          reinterpret_cast<__m256bh>(left),
+                                                          reinterpret_cast<__m256bh>(right)));
 #else
     static_assert(std::is_same_v<C, E>, "only where kHasPairs");
 #endif
