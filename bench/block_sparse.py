@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -368,7 +367,7 @@ def main() -> None:
     print(f"read bandwidth: {bandwidth / 1e9:.0f} GB/s; {clock_name} time; < marks what loses")
 
     rows: list[dict[str, Any]] = []
-    for problem in tqdm(problems, file=sys.stderr, unit="problem"):
+    for problem in tqdm(problems, unit="problem", disable=None):
         for row in measured(problem, modules, peaks, bandwidth, seconds=0.3):
             shown = printed(row)
             if not rows:

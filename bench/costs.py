@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-import sys
 from typing import Any
 
 import torch
@@ -76,10 +75,10 @@ def main() -> None:
             layers.append((m, random_sparse(n, k, block, log_uniform(0.03, 0.6), dtype)))
     predicted = [
         {each: prediction(m, weight, each) for each in (*DIRECTIONS, "dx+dw")}
-        for m, weight in tqdm(layers, "predicts", file=sys.stderr, unit="layer")
+        for m, weight in tqdm(layers, "predicts", unit="layer", disable=None)
     ]
     measured = [
-        [measurement(m, weight) for m, weight in tqdm(layers, text, file=sys.stderr, unit="layer")]
+        [measurement(m, weight) for m, weight in tqdm(layers, text, unit="layer", disable=None)]
         for text in ("measures", "measures again")
     ]
 

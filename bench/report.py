@@ -9,6 +9,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from bench.block_sparse import DENSITIES, PASSES, PATTERNS, ROWS, SHAPES, SPARSE
 
 HERE = Path(__file__).parent
@@ -27,6 +29,19 @@ BASE = {
 }
 DENSITY = [str(density) for density in DENSITIES]
 CASE = ("pass", "dtype", "rows", "shape", "block", "density", "pattern")
+# What we set out to reach, forward and backward over dense torch of the same dtype, by density.
+# Dense torch was known to make 75 % of the float32 peak then.
+TARGETS = {
+    "1": {"0.25": 1.5, "0.1": 4.0, "0.05": 7.0},
+    "8": {"0.5": 1.2, "0.25": 2.4, "0.1": 5.5, "0.05": 10.0},
+    "16": {"0.5": 1.6, "0.25": 3.2, "0.1": 8.0, "0.05": 13.0},
+    "32": {"0.5": 1.9, "0.25": 3.8, "0.1": 9.5, "0.05": 16.0},
+    "64": {"0.5": 2.0, "0.25": 4.0, "0.1": 10.0, "0.05": 17.0},
+    "128": {"0.5": 2.0, "0.25": 4.0, "0.1": 10.0, "0.05": 17.0},
+}
+HALF = 0.85  # of which is asked of bfloat16, in blocks of 16 and up
+FEW = {"1": 0.8 / SPARSE, "8": 0.8 / SPARSE}  # forward, by rows
+
 PEERS_OF = {
     "fwd": ("dense", "bsr", "scipy", "sparselab"),
     "fwd+bwd": ("dense", "masked", "sparselab"),
@@ -47,6 +62,40 @@ def times(row: Row, other: str = "dense") -> str:
 
 def with_peak(row: Row) -> str:
     return f"{times(row)} ({100 * float(row['of peak']):.0f} %)"
+
+
+def with_target(row: Row, target: float | None) -> str:
+    """Times dense torch, of how many that were the target, and the most that the machine allows.
+
+    That is when all multiply-adds run at the peak, or all bytes at the rate of reading.
+    """
+    if target is None:
+        return ""
+    found = float(row["x dense"])
+    most = found / max(float(row["of peak"]), float(row["of read"]))
+    met = f"{found:.2f}" if found >= target else f"**{found:.2f} ▼**"
+    return f"{met} of {target:.3g} (at most {most:.1f})"
+
+
+def fixed(rows: Sequence[Row]) -> str:
+    """A Markdown table of a line through the times at all densities, by least relative errors."""
+    lines = [
+        "| block | ms at density 0 | one pass over x, y, dY, dX | share of peak beyond |",
+        "| --- | --- | --- | --- |",
+    ]
+    for block in sorted({row["block"] for row in rows}, key=int):
+        found = where(rows, {"block": block})
+        ms = [float(row["ours ms"]) for row in found]
+        slope, start = np.polyfit(
+            [float(r["density"]) for r in found], ms, 1, w=[1 / t for t in ms]
+        )
+        row = found[0]
+        work = float(row["GFLOP/s"]) * float(row["ours ms"]) / float(row["density"])  # Mflop
+        (n, k), m = map(int, row["shape"].split("x")), int(row["rows"])
+        moved = 3 * m * (n + k) * (4 if row["dtype"] == "float32" else 2) / float(row["read GB/s"])
+        share = work / slope / float(row["peak GFLOP/s"])
+        lines.append(f"| {block} | {start:.2f} | {moved / 1e6:.2f} | {100 * share:.0f} % |")
+    return "\n".join(lines)
 
 
 def by_dense(rows: Sequence[Row]) -> str:
@@ -88,6 +137,33 @@ def tables(rows: Sequence[Row]) -> str:
     def at(wanted: Row) -> list[Row]:
         return where(rows, {**BASE, **wanted})
 
+    for dtype, least in (("float32", 1), ("bfloat16", 16)):
+        asked = {
+            block: {d: t if least == 1 else HALF * t for d, t in targets.items()}
+            for block, targets in TARGETS.items()
+            if int(block) >= least
+        }
+        of = {"pass": "fwd+bwd", "dtype": dtype}
+        densities = list(TARGETS["8"])
+        found = [r for d in densities for r in at({**of, "density": d}) if r["block"] in asked]
+        add(
+            f"fwd+bwd, {dtype}, {ROWS[0]} rows: times dense torch, of the target, by density",
+            pivot(
+                found,
+                "density",
+                densities,
+                lambda r, asked=asked: with_target(r, asked[r["block"]].get(r["density"])),
+            ),
+        )
+    found = [r for m in FEW for r in at({"pass": "fwd", "rows": m})]
+    add(
+        f"fwd, {BASE['dtype']}, density {SPARSE}: times dense torch, of the target, by rows",
+        pivot(found, "rows", list(FEW), lambda r: with_target(r, FEW[r["rows"]])),
+    )
+    for dtype in ("float32", "bfloat16"):
+        found = [r for d in DENSITY for r in at({"pass": "fwd+bwd", "dtype": dtype, "density": d})]
+        if found:
+            add(f"fwd+bwd, {dtype}, {ROWS[0]} rows: what does not shrink", fixed(found))
     for dtype, name in itertools.product(("float32", "bfloat16"), PASSES):
         found = [r for d in DENSITY for r in at({"pass": name, "dtype": dtype, "density": d})]
         add(

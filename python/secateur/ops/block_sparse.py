@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -195,16 +196,14 @@ def block_sparse_linear(
     )
     apart = activation == "gelu" and wanted
     direct = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    run: Any = _Linear.apply if wanted and not direct else torch.ops.secateur.block_sparse_linear
     flat = x.dim() == 2  # a view would be one more step of the backward pass
-    y: Tensor = run(
-        x if flat else x.reshape(x.shape[:-1].numel(), in_features),
-        values,
-        bias,
-        *weight.pattern.tensors(),
-        out_features,
-        None if apart else activation,
-    )
+    inputs = x if flat else x.reshape(x.shape[:-1].numel(), in_features), values, bias
+    pattern, last = weight.pattern.tensors(), None if apart else activation
+    if wanted and not direct:
+        apply: Any = _Linear.apply
+        y: Tensor = apply(*inputs, pattern, out_features, last)
+    else:
+        y = torch.ops.secateur.block_sparse_linear(*inputs, *pattern, out_features, last)
     y = y if flat else y.reshape(*x.shape[:-1], out_features)
     return torch.nn.functional.gelu(y) if apart else y
 
@@ -245,7 +244,13 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    x, values, bias, y, *pattern = ctx.saved_tensors
+    return (*_linear_gradients(ctx, dy, ctx.saved_tensors[4:]), *[None] * 8)
+
+
+def _linear_gradients(
+    ctx: Any, dy: Tensor, pattern: Sequence[Tensor]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    x, values, bias, y = ctx.saved_tensors[:4]
     if ctx.activation == "relu":
         dy = torch.where(y <= 0, 0, dy)
     elif ctx.activation == "gelu":  # of what was not kept: block_sparse_linear() avoids this
@@ -260,7 +265,7 @@ def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         dx = ops.block_sparse_linear_dx(dy, values, *pattern, x.shape[1])
     elif needs_values:
         dw = ops.block_sparse_linear_dw(dy, x, *pattern, *values.shape[1:])
-    return dx, dw, dy.sum(0) if needs_bias and bias is not None else None, *[None] * 8
+    return dx, dw, dy.sum(0) if needs_bias and bias is not None else None
 
 
 class _Linear(torch.autograd.Function):
@@ -271,12 +276,31 @@ class _Linear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        y: Tensor = torch.ops.secateur.block_sparse_linear(*inputs)
-        _linear_setup(ctx, inputs, y)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        pattern: tuple[Tensor, ...],  # one argument: autograd takes its time over each
+        out_features: int,
+        activation: str | None,
+    ) -> Tensor:
+        with (
+            torch._C._AutoDispatchBelowAutograd()
+        ):  # past the registered gradient, which takes time
+            y: Tensor = torch.ops.secateur.block_sparse_linear(
+                x, values, bias, *pattern, out_features, activation
+            )
+        ctx.save_for_backward(x, values, bias, y if activation == "relu" else None)
+        ctx.pattern, ctx.activation = pattern, activation
         return y
 
-    backward = staticmethod(_linear_backward)
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        again = torch.is_grad_enabled()  # gradients of gradients are wanted
+        with contextlib.nullcontext() if again else torch._C._AutoDispatchBelowAutograd():
+            gradients = _linear_gradients(ctx, dy, ctx.pattern)
+        return (*gradients, None, None, None)
 
 
 def _dx_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
