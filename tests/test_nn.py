@@ -107,8 +107,26 @@ def test_state_dict_round_trip_and_pattern_mismatch() -> None:
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(p, q)
     other = secateur.sparsify(make_model(16, sparsity=0.6))
-    with pytest.raises(ValueError, match=r"0.row_index to be the pattern of this layer"):
+    before = other[0].values.clone()
+    with pytest.raises(RuntimeError, match=r"0.row_index to be the pattern of this layer"):
         other.load_state_dict(model.state_dict())
+    assert torch.equal(other[0].values, before)
+    state = model.state_dict()
+    del state["0.col_index"]
+    with pytest.raises(RuntimeError, match=r"expected 0.col_index beside 0.values, got none"):
+        twin.load_state_dict(state, strict=False)
+
+
+def test_meta_device_and_a_bias_that_does_not_fit() -> None:
+    model = secateur.sparsify(make_model(16))
+    weight = model[0].weight
+    assert "density=nan" in str(copy.deepcopy(model).to("meta"))
+    with pytest.raises(TypeError, match=r"expected bias to be a Tensor or None, got int"):
+        secateur.BlockSparseLinear(weight, 3)
+    with pytest.raises(TypeError, match=r"expected bias to be torch.float32, as weight, got"):
+        secateur.BlockSparseLinear(weight, torch.zeros(weight.shape[0]).half())
+    with pytest.raises(ValueError, match=r"expected bias of shape"):
+        secateur.BlockSparseLinear(weight, torch.zeros(1))
 
 
 def test_gradients_are_carried_over() -> None:

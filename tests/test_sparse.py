@@ -187,6 +187,7 @@ def test_to_and_repr() -> None:
     assert half.device == torch.device("cpu")
     assert torch.equal(weight.to("cpu").to_dense(), weight.to_dense())
     assert weight.to("meta").pattern.col.is_meta
+    assert "density nan" in repr(weight.to("meta"))
     expected = "BlockSparse(8 x 8, blocks of 4 x 4, 2 live, density 0.5, float32, cpu)"
     assert repr(weight) == expected
 
@@ -272,6 +273,20 @@ def test_strided_input() -> None:
     }
     for name, x in views.items():
         assert_close(block_sparse_linear(x, weight), x.double() @ dense.double().t(), name)
+
+
+def test_infinite_gradients_stay_infinite() -> None:
+    mask = torch.zeros(40, 24, dtype=torch.bool)
+    mask[torch.arange(24), torch.arange(24)] = True  # one weight a column, so none else adds to dX
+    mask[20:39, 0] = True  # more of them than one vector
+    w = BlockSparse.from_dense(torch.ones(40, 24), 1, mask)
+    dy = torch.zeros(3, 40)
+    dy[0, 5] = dy[1, 0] = torch.inf
+    x, pattern = torch.ones(3, 24), w.pattern.tensors()
+    dx, _ = torch.ops.secateur.block_sparse_linear_backward(dy, x, w.values, *pattern)
+    want = torch.zeros(3, 24)
+    want[0, 5] = want[1, 0] = torch.inf
+    assert torch.equal(dx, want)
 
 
 def test_zero_gradient_expanded() -> None:

@@ -15,9 +15,10 @@ enum class Product : int32_t {
   Backward,        // both of single weights      dy, x, values   -> out as of dX, dw as of dW
 };
 
-constexpr int64_t kBatchLanes = 64;  // rows of the batch in one transposed panel
+constexpr int64_t kBatchLanes = 64;  // the most rows of the batch in one transposed panel
 
-// How a matrix (batch, features) is laid out for the kernel.
+// How a matrix (batch, features) is laid out for the kernel. Where bfloat16 is paired, Panels hold
+// pairs of rows and Transposed pairs of features.
 enum class Layout : int32_t {
   InPlace,  // as given
   Panels,   // [features / block][batch][panel_row(block) of cpu.cpp], zero beyond the last feature
@@ -42,7 +43,7 @@ struct Plan {
   bool transpose_values = false;  // each block, in values_space
   bool reorder_values = false;    // blocks in column order, in values_space
   bool pairs = false;  // bfloat16 is multiplied in pairs along the inner dimension, not widened
-  int64_t panel;       // rows of the batch that a task takes; lanes of Layout::Transposed
+  int64_t panel;       // lanes of Layout::Transposed
   int64_t x_bytes = 0, dy_bytes = 0, values_bytes = 0, sums_bytes = 0;  // workspaces; 0: none
   bool sums_are_dw = false;  // where there is one sum of dW only, it may be the result itself
   Stage pack_x, pack_dy, pack_values, run, finish;

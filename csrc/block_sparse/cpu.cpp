@@ -2,16 +2,19 @@
 // every row of the batch, accumulators stay in registers over all blocks that meet one output, and
 // an output is written once.
 //
-// One micro kernel, multiply_add(): C[i][v] += sum over l of A[i, l] * B[l, v], with A broadcast
-// and v in vector lanes. What runs over the lanes depends on the block:
+// Most of it is one micro kernel, multiply_add(): C[i][v] += sum over l of A[i, l] * B[l, v], with
+// A broadcast and v in vector lanes. What runs over the lanes depends on the block:
 //   Features  blocks that vectors divide: lanes are features; B is a block (transposed beforehand
-//             for the forward product), A is X or dY.
-//   Batch     all others, single weights too: lanes are rows of the batch, A is the block as stored
-//             and B is X or dY, transposed beforehand. For dW the same layout gives dot products.
-//   Dots      forward with few rows: lanes run along a block's columns, so that each weight is
-//             read once, as stored.
+//             for the forward product), A is X or dY. In dW, B is X and A is dY.
+//   Batch     all others, single weights too, and forward of 3 to 15 rows: lanes are rows of the
+//             batch, A is the block and B is X or dY, transposed beforehand. For dW the same layout
+//             gives dot products, and for single weights dX and dW come from one pass.
+//   Dots      forward of one or two rows: lanes run along a block's columns, so that weights are
+//             read once, in the order of memory.
+// bfloat16 is multiplied in pairs along the inner dimension where the CPU can and sizes are even,
+// and widened otherwise.
 // Along the inner dimension a block that sticks out over the edge is walked up to the edge only,
-// so what is stored beyond it is never read.
+// so what is stored beyond it is never multiplied.
 // Compiled once per instruction set; no torch header, no static data (see cmake/op.cmake).
 #include <algorithm>
 #include <type_traits>
@@ -30,12 +33,13 @@ namespace {
 
 // Fewer rows than this do not pay for transposing the weights.
 constexpr int64_t kFewRows = 16;
-constexpr int64_t kFewLanes = 16;             // kBatchLanes of small batches
-constexpr int64_t kFewestLanes = 8;           // of smaller ones, which a vector of 512 bits exceeds
-constexpr int kDotRows = 2;                   // more rows than this do not pay for sums across lanes
-constexpr int64_t kPackRows = 8;              // rows of the batch copied to panels at a time
-constexpr int64_t kPackAhead = 256;           // features from what is copied to what is fetched
-constexpr int64_t kSmallBlock = 16;           // weights
+constexpr int64_t kFewLanes = 16;    // lanes of a panel where the batch is small
+constexpr int64_t kFewestLanes = 8;  // of smaller ones, which a vector of 512 bits exceeds
+constexpr int kDotRows = 2;          // more rows than this do not pay for sums across lanes
+constexpr int64_t kPackRows = 8;     // rows of the batch copied to panels at a time
+constexpr int64_t kPackAhead = 256;  // features from what is copied to what is fetched
+constexpr int64_t kBlocksAhead = 8;  // blocks, where they are copied in another order
+constexpr int64_t kSmallBlock = 16;  // weights
 constexpr int64_t kTaskMultiplies = 1 << 16;  // worth waking a thread
 
 // Output features that Batch transposes at a time: lines of one row are written one after the
@@ -64,8 +68,8 @@ using One = std::integral_constant<int64_t, 1>;
 using FewLanes = std::integral_constant<int64_t, kFewLanes>;
 
 // a(i, l) = a[i * line + l * step]; strides are int64_t or compile-time constants. E is what is
-// multiplied: C, or uint32_t for pairs along the inner dimension. `next`, if not null, is as much of
-// A that will be read later, without gaps.
+// multiplied: C, or uint32_t for pairs along the inner dimension. `next`, if not null, is as much
+// of A that will be read later, without gaps.
 template <typename C, int R, int NV, int W, typename E, typename B, typename Line, typename Step,
           typename Next = std::nullptr_t>
 SECATEUR_INLINE inline void multiply_add(Tile<C, R, NV, W>& tile, const E* a, Line line, Step step,
@@ -639,20 +643,20 @@ void run_batch(const Args& g, int64_t begin, int64_t end) {
           // Part of each block at a time is not what the machine foresees: the next part, or the
           // first one of the next line, is fetched meanwhile.
           if (R == kMost && forward && s.line_width > R)
-            tiles.template operator()<R == kMost>(
-                inside + R < s.line_width
-                    ? R * a_line
-                    : (s.ptr[line + 1] - s.ptr[line]) * s.line_width * s.inner_width -
-                          inside * a_line);
+            tiles.template operator()<R == kMost>(inside + R < s.line_width
+                                                      ? R * a_line
+                                                      : (s.ptr[line + 1] - s.ptr[line]) *
+                                                                s.line_width * s.inner_width -
+                                                            inside * a_line);
           else
             tiles.template operator()<false>(0);
           return r;
         };
-        i += left >= kMost ? run(std::integral_constant<int, kMost>{})
+        i += left >= kMost            ? run(std::integral_constant<int, kMost>{})
              : left >= 8 && kMost > 8 ? run(std::integral_constant<int, std::min(kMost, 8)>{})
-             : left >= 4   ? run(std::integral_constant<int, 4>{})
-             : left >= 2   ? run(std::integral_constant<int, 2>{})
-                           : run(std::integral_constant<int, 1>{});
+             : left >= 4              ? run(std::integral_constant<int, 4>{})
+             : left >= 2              ? run(std::integral_constant<int, 2>{})
+                                      : run(std::integral_constant<int, 1>{});
       }
       const int64_t rows = std::min(lanes, g.batch - m);
       T* const to = out + m * s.out_features + f;
@@ -915,11 +919,14 @@ SECATEUR_TILE void backward_tile(const Side& s, int64_t line, const C* values, c
   constexpr int W = kLanes<C>;
   Vec<C, W> held[NV], acc[NV] = {};
   unroll<NV>([&](auto v) SECATEUR_INLINE { held[v] = load<W>(x + v * W); });
-  const auto group = [&](const int32_t* index, const C* weight) SECATEUR_INLINE {
+  int64_t p = s.ptr[line];
+  const int64_t end = s.ptr[line + 1];
+  const auto group = [&](auto count) SECATEUR_INLINE {  // of weights, at most W
     Vec<C, W> dots[W] = {};
     unroll<W>([&](auto k) SECATEUR_INLINE {
-      const C* const from = dy + index[k] * lanes;
-      const auto w = broadcast<Vec<C, W>>(weight[k]);
+      if (k >= count) return;
+      const C* const from = dy + s.index[p + k] * lanes;
+      const auto w = broadcast<Vec<C, W>>(values[p + k]);
       unroll<NV>([&](auto v) SECATEUR_INLINE {
         const Vec<C, W> right = load<W>(from + v * W);
         acc[v] += w * right;
@@ -928,20 +935,13 @@ SECATEUR_TILE void backward_tile(const Side& s, int64_t line, const C* values, c
     });
     return sum_each<C, W>(dots);
   };
-  int64_t p = s.ptr[line];
-  const int64_t end = s.ptr[line + 1];
   for (; p + W <= end; p += W) {
-    Vec<C, W> sum = group(s.index + p, values + p);
+    Vec<C, W> sum = group(std::integral_constant<int64_t, W>{});
     if (accumulate) sum += load<W>(sums + p);
     store<W>(sums + p, sum);
   }
   if (p < end) {
-    int32_t index[W] = {};
-    C weight[W] = {};
-    std::copy(s.index + p, s.index + end, index);
-    std::fill(index + (end - p), index + W, index[0]);
-    std::copy(values + p, values + end, weight);
-    Vec<C, W> sum = group(index, weight);
+    Vec<C, W> sum = group(end - p);
     if (accumulate) sum += load_first<W>(sums + p, end - p);
     store_first<W>(sums + p, sum, end - p);
   }
@@ -980,8 +980,8 @@ void run_backward(const Args& g, int64_t begin, int64_t end) {
       }
       const int64_t m = panel * lanes;
       store_transposed<W, T>(features, count, lanes, Epilogue<T>(g), first,
-                          std::min(lanes, g.batch - m), dx + m * g.in_features + first,
-                          g.in_features);
+                             std::min(lanes, g.batch - m), dx + m * g.in_features + first,
+                             g.in_features);
     });
   }
 }
@@ -1002,7 +1002,7 @@ void finish_sums(const Args& g, int64_t begin, int64_t end) {
   for (; i + W <= end; i += W) {
     Vec<C, W> sum = load<W>(sums + i);
     if (other) sum += load<W>(other + i);
-    store_flushed<W>(dw + i, sum);
+    store<W>(dw + i, sum);
   }
   for (; i < end; ++i) dw[i] = narrow<T>(other ? sums[i] + other[i] : sums[i]);
 }
@@ -1051,8 +1051,7 @@ Plan plan_for(const Args& g) {
         return even(g.x, g.in_features, g.x_stride) && even(g.values, g.cols, 0) &&
                (by_lanes || !few);
       case Product::InputGradient:
-        return even(g.dy, g.out_features, g.dy_stride) && g.rows % 2 == 0 &&
-               (by_lanes ? block_size > kSmallBlock : !few);
+        return even(g.dy, g.out_features, g.dy_stride) && g.rows % 2 == 0 && (by_lanes || !few);
       default:
         return g.product == Product::WeightGradient && outer && !few;
     }
@@ -1140,9 +1139,10 @@ Plan plan_for(const Args& g) {
     plan.method = Method::Batch;
     plan.panel = g.batch <= kFewestLanes ? kFewestLanes : gather_lanes(s.inner_features);
     lay_out_left(Layout::Transposed);
-    // Single weights in the other order would cost a cache line each.
-    plan.reorder_values = !forward && block_size <= kSmallBlock && g.batch > kFewLanes;
-    if ((kNarrow && !(forward && plan.pairs)) || plan.reorder_values) copy_values();
+    const bool copied = kNarrow && !(forward && plan.pairs);
+    // In the other order each small block would cost a cache line of its own.
+    plan.reorder_values = !forward && (copied || block_size <= kSmallBlock) && g.batch > kFewLanes;
+    if (copied || plan.reorder_values) copy_values();
     plan.run = group_stage(s.ptr, s.lines, lines_per_group(s.line_width),
                            ceil_div(g.batch, plan.panel), block_size * plan.panel);
   } else if (forward && few) {
@@ -1220,28 +1220,36 @@ void pack_blocks(const Args& g, int64_t begin, int64_t end) {
   const auto* const from = static_cast<const T*>(g.values);
   auto* const to = static_cast<C*>(g.values_space);
   const int64_t size = g.rows * g.cols;
-  if (g.plan.reorder_values) {
-    if (size == 1) {
-      for (int64_t q = begin; q < end; ++q) to[q] = widen(from[g.position_t[q]]);
-      return;
-    }
-    for (int64_t q = begin; q < end; ++q)
-      for (int64_t e = 0; e < size; ++e) to[q * size + e] = widen(from[g.position_t[q] * size + e]);
+  if (g.plan.transpose_values) {
+    if constexpr (std::is_same_v<T, BFloat16>)
+      if (g.plan.pairs)
+        return transpose_blocks(static_cast<const uint32_t*>(g.values), g.rows, g.cols / 2,
+                                static_cast<uint32_t*>(g.values_space), begin, end);
+    return transpose_blocks(from, g.rows, g.cols, to, begin, end);
+  }
+  if (g.plan.reorder_values && size == 1) {
+    for (int64_t q = begin; q < end; ++q) to[q] = widen(from[g.position_t[q]]);
     return;
   }
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    if (g.plan.pairs) {
-      auto* const pairs = static_cast<uint32_t*>(g.values_space);
-      if (g.plan.transpose_values)
-        return transpose_blocks(static_cast<const uint32_t*>(g.values), g.rows, g.cols / 2, pairs,
-                                begin, end);
-      for (int64_t i = begin * g.rows; i < end * g.rows; i += 2)
-        pair_rows(from + i * g.cols, from + (i + 1) * g.cols, pairs + i / 2 * g.cols, g.cols);
-      return;
+  if (!g.plan.reorder_values && !g.plan.pairs)
+    return widen_range(from + begin * size, to + begin * size, (end - begin) * size);
+  const auto source = [&](int64_t q) {
+    return from + (g.plan.reorder_values ? g.position_t[q] : q) * size;
+  };
+  for (int64_t q = begin; q < end; ++q) {
+    if (g.plan.reorder_values && q + kBlocksAhead < end)
+      expect(source(q + kBlocksAhead), 0, 1, size);
+    const T* const block = source(q);
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (g.plan.pairs) {
+        auto* const pairs = static_cast<uint32_t*>(g.values_space) + q * (size / 2);
+        for (int64_t i = 0; i < g.rows; i += 2)
+          pair_rows(block + i * g.cols, block + (i + 1) * g.cols, pairs + i / 2 * g.cols, g.cols);
+        continue;
+      }
     }
+    widen_range(block, to + q * size, size);
   }
-  if (g.plan.transpose_values) return transpose_blocks(from, g.rows, g.cols, to, begin, end);
-  widen_range(from + begin * size, to + begin * size, (end - begin) * size);
 }
 
 template <typename T>

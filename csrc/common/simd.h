@@ -114,7 +114,8 @@ inline void store(T* p, Vec<Compute<T>, N> v) {
   }
 }
 
-// The same, but that bfloat16 below the normal range may become zero, as in multiply_add() of pairs.
+// The same, but that bfloat16 below the normal range may become zero, as in multiply_add() of
+// pairs.
 template <int N, typename T>
 inline void store_flushed(T* p, Vec<Compute<T>, N> v) {
 #if defined(__AVX512BF16__)

@@ -16,9 +16,11 @@ __all__ = ["BlockSparseLinear", "densify", "sparsify"]
 
 # Time of a multiply-add on live blocks relative to one of dense torch: a layer of density d in
 # blocks of size b takes about d * _COST[b] of the dense time. bench/results/block_sparse.csv has
-# 1.0 to 1.1 for 16 to 128, 1.4 for 8 and 2.2 for 1 (forward and backward, density 0.25, an AMD
-# Zen 4); smaller layers gain less, so these are rounded up.
+# 0.9 to 1.1 for 16 to 128, 1.3 for 8 and 2.2 for 1, and in bfloat16 1.2 to 1.4, 1.8 and 6.0
+# (forward and backward, density 0.25, an AMD Zen 4; less in float32 where torch is further from
+# the peak); smaller layers gain less, so these are rounded up.
 _COST = {128: 1.1, 64: 1.1, 32: 1.1, 16: 1.2, 8: 1.5, 1: 3.0}
+_COST_OF_BFLOAT16 = {128: 1.5, 64: 1.5, 32: 1.5, 16: 1.5, 8: 2.2, 1: 6.0}
 _WORTHWHILE = 0.8  # of the dense time; below it a layer is converted
 
 
@@ -49,10 +51,8 @@ class BlockSparseLinear(nn.Module):
                 f"{type(weight).__name__}"
             )
         self.out_features, self.in_features = weight.shape
-        if bias is not None and bias.shape != (self.out_features,):
-            raise ValueError(
-                f"expected bias of shape ({self.out_features},), got {tuple(bias.shape)}"
-            )
+        if bias is not None:
+            _check_bias(bias, weight)
         self.values = nn.Parameter(weight.values.detach())
         self.register_parameter("bias", None)
         if bias is not None:
@@ -90,14 +90,20 @@ class BlockSparseLinear(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
+        errors = []
         for name in ("row_index", "col_index"):
             ours, theirs = getattr(self, name), state_dict.get(prefix + name)
-            if theirs is not None and not torch.equal(ours, theirs.to(ours.device)):
-                raise ValueError(
+            if theirs is None and prefix + "values" in state_dict:
+                errors.append(f"expected {prefix}{name} beside {prefix}values, got none")
+            elif theirs is not None and not torch.equal(ours, theirs.to(ours.device)):
+                errors.append(
                     f"expected {prefix}{name} to be the pattern of this layer "
                     f"({ours.numel()} live blocks), got another one of {theirs.numel()} blocks"
                 )
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if errors:
+            args[-1].extend(errors)  # load_state_dict raises them, with those of other layers
+        else:
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 def sparsify(
@@ -117,8 +123,9 @@ def sparsify(
             Linear, and layers with hooks, which would be lost.
         optimizer: holds the weights to be replaced; their moments are carried over.
         block: size of the blocks, for every layer with a block of zeros. None: per layer the size
-            (128, 64, 32, 16, 8 or 1) that costs least by the measured cost of each, and only
-            layers that are to gain a fifth of their time or more.
+            (128, 64, 32, 16, 8 or 1) that costs least by what each cost in a large layer on one
+            machine, and only layers that are to gain a fifth of their time or more by that;
+            :func:`secateur.cost` measures on yours.
 
     Returns:
         ``model``, or its replacement where it is itself a Linear.
@@ -198,6 +205,17 @@ def densify(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
     return model
 
 
+def _check_bias(bias: Tensor, weight: BlockSparse) -> None:
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"expected bias to be a Tensor or None, got {type(bias).__name__}")
+    if bias.dtype != weight.dtype:
+        raise TypeError(f"expected bias to be {weight.dtype}, as weight, got {bias.dtype}")
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(f"expected bias of shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    if bias.device != weight.device:
+        raise ValueError(f"expected bias on {weight.device}, as weight, got {bias.device}")
+
+
 def _modules(model: nn.Module) -> list[tuple[list[str], nn.Module]]:
     """Every module with all the names it goes by; the root's is ""."""
     names: dict[nn.Module, list[str]] = {}
@@ -263,6 +281,7 @@ def _replace(model: nn.Module, names: list[str], layer: nn.Module) -> nn.Module:
 
 def _best_block(weight: Tensor) -> tuple[int, int] | None:
     """The block size that costs least, the larger of equals; None where no size is worth it."""
-    costs = {b: live_blocks(weight, b).float().mean().item() * c for b, c in _COST.items()}
+    table = _COST_OF_BFLOAT16 if weight.dtype == torch.bfloat16 else _COST
+    costs = {b: live_blocks(weight, b).float().mean().item() * c for b, c in table.items()}
     size = min(costs, key=lambda b: costs[b])
     return (size, size) if costs[size] < _WORTHWHILE else None

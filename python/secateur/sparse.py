@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -176,10 +177,15 @@ class BlockSparse:
 
     @property
     def density(self) -> float:
-        """Stored entries that lie inside of the matrix, over all its entries; 0 if it has none."""
+        """Stored entries that lie inside of the matrix, over all its entries; 0 if it has none.
+
+        NaN on the meta device, where nobody knows the pattern.
+        """
         (n, k), (rows, cols) = self.shape, self.block
         if n * k == 0:
             return 0.0
+        if self.row_index.is_meta:
+            return math.nan
         heights = (n - self.row_index.long() * rows).clamp(max=rows)
         widths = (k - self.col_index.long() * cols).clamp(max=cols)
         return int((heights * widths).sum()) / (n * k)

@@ -84,11 +84,18 @@ class Pattern:
 
         Raises:
             TypeError: ``mask`` is no bool Tensor.
-            ValueError: ``mask`` is not 2-D, or has 2**31 live blocks or more.
+            ValueError: ``mask`` is not 2-D, is on the meta device, or has 2**31 live blocks, or rows
+                or columns of blocks, or more.
         """
         check_bool("mask", mask)
         if mask.dim() != 2:
             raise ValueError(f"expected mask to have 2 dimensions, got {mask.dim()}")
+        if mask.is_meta:
+            raise ValueError("expected a mask with values, got one on the meta device")
+        if max(mask.shape) >= 2**31:
+            raise ValueError(
+                f"expected fewer than 2**31 rows and columns of blocks, got {tuple(mask.shape)}"
+            )
         row_of, col = mask.nonzero(as_tuple=True)
         if col.numel() >= 2**31:
             raise ValueError(f"expected fewer than 2**31 live blocks, got {col.numel()}")
