@@ -18,7 +18,7 @@ CUDA_TESTS = $(wildcard tests/test_cuda_*.py) tests/test_roofline.py
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
-demo: $(VENV)/.package  ## train a small GPT dense and pruned, compare (4 minutes)
+demo: $(VENV)/.package  ## train a small GPT dense and pruned, compare (7 minutes with the set-up)
 	$(BIN)/python examples/gpt.py
 
 test: $(VENV)/.package  ## run the test suite, cuda-fast included
