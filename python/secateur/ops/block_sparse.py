@@ -84,8 +84,8 @@ class Pattern:
 
         Raises:
             TypeError: ``mask`` is no bool Tensor.
-            ValueError: ``mask`` is not 2-D, is on the meta device, or has 2**31 live blocks, rows or
-                columns, or more.
+            ValueError: ``mask`` is not 2-D, is on the meta device, or has 2**31 live blocks, rows
+                or columns, or more.
         """
         check_bool("mask", mask)
         if mask.dim() != 2:
