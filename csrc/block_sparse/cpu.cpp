@@ -2,7 +2,7 @@
 // every row of the batch, accumulators stay in registers over all blocks that meet one output, and
 // an output is written once.
 //
-// Most of it is one micro kernel, multiply_add(): C[i][v] += sum over l of A[i, l] * B[l, v], with
+// Most of it is one micro kernel, add_products(): C[i][v] += sum over l of A[i, l] * B[l, v], with
 // A broadcast and v in vector lanes. What runs over the lanes depends on the block:
 //   Features  blocks that vectors divide: lanes are features; B is a block (transposed beforehand
 //             for the forward product), A is X or dY. In dW, B is X and A is dY.
@@ -72,7 +72,7 @@ using FewLanes = std::integral_constant<int64_t, kFewLanes>;
 // of A that will be read later, without gaps.
 template <typename C, int R, int NV, int W, typename E, typename B, typename Line, typename Step,
           typename Next = std::nullptr_t>
-SECATEUR_INLINE inline void multiply_add(Tile<C, R, NV, W>& tile, const E* a, Line line, Step step,
+SECATEUR_INLINE inline void add_products(Tile<C, R, NV, W>& tile, const E* a, Line line, Step step,
                                          const B* b, int64_t b_step, int64_t inner,
                                          Next next = {}) {
   // Lines of any stride are reached from every third: a register for each would be too many.
@@ -85,7 +85,7 @@ SECATEUR_INLINE inline void multiply_add(Tile<C, R, NV, W>& tile, const E* a, Li
     unroll<R>([&](auto i) SECATEUR_INLINE {
       const Vec<E, W> left = broadcast<Vec<E, W>>(lines[i / kNear][i % kNear * line]);
       unroll<NV>([&](auto v) SECATEUR_INLINE {
-        tile.acc[i][v] = secateur::multiply_add<C, W, E>(tile.acc[i][v], left, right[v]);
+        tile.acc[i][v] = multiply_add<C, W, E>(tile.acc[i][v], left, right[v]);
       });
     });
     if constexpr (!std::is_null_pointer_v<Next>) __builtin_prefetch(next + l * R);
@@ -224,7 +224,7 @@ void widen_range(const T* from, Compute<T>* to, int64_t count) {
 
 // The features of X or dY, in lines of `width` that a block multiplies whole; ptr as in Side.
 // What no live block multiplies need not be packed.
-struct Features {
+struct PackedFeatures {
   int64_t count, width;
   const int32_t* ptr;
 
@@ -240,7 +240,7 @@ constexpr int64_t panel_row(int64_t width) { return width % 128 == 0 ? width + 1
 // Calls f(m, feature, count) for each row m of [begin, end) and each line of features, a few rows
 // at a time: memory streams along rows, and a panel gets more than a line of each.
 template <typename F>
-inline void for_panels(const Features& features, int64_t begin, int64_t end, F&& f) {
+inline void for_panels(const PackedFeatures& features, int64_t begin, int64_t end, F&& f) {
   for (int64_t m0 = begin; m0 < end; m0 += kPackRows)
     for (int64_t feature = 0; feature < features.count; feature += features.width) {
       const int64_t last = std::min(feature + features.width, features.count);
@@ -251,7 +251,7 @@ inline void for_panels(const Features& features, int64_t begin, int64_t end, F&&
 
 // Rows [begin, end) of the batch to Layout::Panels.
 template <typename T>
-void pack_panels(const T* from, int64_t stride, int64_t batch, const Features& features,
+void pack_panels(const T* from, int64_t stride, int64_t batch, const PackedFeatures& features,
                  Compute<T>* to, int64_t begin, int64_t end) {
   for_panels(features, begin, end, [&](int64_t m, int64_t feature, int64_t count) {
     Compute<T>* const row = to + (feature / features.width * batch + m) * panel_row(features.width);
@@ -277,7 +277,7 @@ inline void pair_rows(const BFloat16* first, const BFloat16* second, uint32_t* t
 
 // Rows 2 * [begin, end) of the batch to Layout::Panels, in pairs of rows.
 void pack_paired_panels(const BFloat16* from, int64_t stride, int64_t batch,
-                        const Features& features, uint32_t* to, int64_t begin, int64_t end) {
+                        const PackedFeatures& features, uint32_t* to, int64_t begin, int64_t end) {
   const int64_t pairs = ceil_div(batch, 2);
   for_panels(features, begin, end, [&](int64_t m, int64_t feature, int64_t count) {
     const BFloat16* const first = from + 2 * m * stride + feature;
@@ -321,7 +321,7 @@ void for_lanes(int64_t lanes, F&& f) {
 
 // Layout::Transposed; an item is kFeatureChunk features of one panel. W divides `lanes`.
 template <int W, typename T>
-void pack_transposed(const T* from, int64_t stride, int64_t batch, const Features& features,
+void pack_transposed(const T* from, int64_t stride, int64_t batch, const PackedFeatures& features,
                      int64_t lanes, Compute<T>* to, int64_t begin, int64_t end) {
   using C = Compute<T>;
   const int64_t chunks = ceil_div(features.count, kFeatureChunk);
@@ -363,7 +363,7 @@ SECATEUR_TILE void feature_tile(const Side& s, int64_t line, const E* a, int64_t
                    SECATEUR_INLINE { __builtin_prefetch(place + i * s.out_features + v * W, 1); });
   });
   for (int64_t p = s.ptr[line]; p < s.ptr[line + 1]; ++p)
-    multiply_add(tile, a + s.index[p] * a_block, a_line, a_step,
+    add_products(tile, a + s.index[p] * a_block, a_line, a_step,
                  blocks + s.block(p) * s.line_width * s.inner_width + j, s.line_width, s.inner(p));
   const int64_t f = line * s.line_width + j;
   if (f + NV * W <= s.out_features && epilogue.activation == Activation::None) {
@@ -532,7 +532,7 @@ SECATEUR_TILE void batch_tile(const Side& s, int64_t line, const E* a, int64_t a
   if constexpr (R == 1) {
     if (s.inner_width == 1) {
       const auto add = [&](Tile<C, R, NV, W>& to) SECATEUR_INLINE {
-        multiply_add(to, a + s.block(p) * block_size, One{}, One{}, b + s.index[p] * lanes, lanes,
+        add_products(to, a + s.block(p) * block_size, One{}, One{}, b + s.index[p] * lanes, lanes,
                      1);
         ++p;
       };
@@ -551,9 +551,9 @@ SECATEUR_TILE void batch_tile(const Side& s, int64_t line, const E* a, int64_t a
     const E* const left = a + s.block(p) * block_size;
     const E* const right = b + s.index[p] * s.inner_width * lanes;
     if constexpr (kAhead)
-      multiply_add(tile, left, a_line, a_step, right, lanes, s.inner(p), left + ahead);
+      add_products(tile, left, a_line, a_step, right, lanes, s.inner(p), left + ahead);
     else
-      multiply_add(tile, left, a_line, a_step, right, lanes, s.inner(p));
+      add_products(tile, left, a_line, a_step, right, lanes, s.inner(p));
   }
   unroll<R>([&](auto i) SECATEUR_INLINE {
     unroll<NV>([&](auto v) SECATEUR_INLINE { store<W>(out + i * lanes + v * W, tile.acc[i][v]); });
@@ -603,7 +603,7 @@ int64_t lines_per_group(int64_t line_width) {
   return std::max<int64_t>(1, kFeatureChunk / line_width);
 }
 
-// kMostLanes is as many as the panel may have; E is as in multiply_add().
+// kMostLanes is as many as the panel may have; E is as in add_products().
 template <typename T, int W, int kMostLanes, typename E>
 void run_batch(const Args& g, int64_t begin, int64_t end) {
   using C = Compute<T>;
@@ -669,14 +669,14 @@ void run_batch(const Args& g, int64_t begin, int64_t end) {
 
 // A matrix in Layout::Panels, or in place where its features are whole blocks.
 template <typename E>
-struct Panels {
+struct PanelView {
   const E* base;
   int64_t panel_stride, row_stride;
 };
 
 template <typename E>
-Panels<E> panels_of(Layout layout, const void* data, int64_t stride, const void* space,
-                    int64_t block, int64_t batch) {
+PanelView<E> panels_of(Layout layout, const void* data, int64_t stride, const void* space,
+                       int64_t block, int64_t batch) {
   if (layout == Layout::InPlace) return {static_cast<const E*>(data), block, stride};
   return {static_cast<const E*>(space), panel_row(block) * batch, panel_row(block)};
 }
@@ -686,7 +686,7 @@ constexpr int64_t kPart = 64;  // rows and columns of a block that are accumulat
 // dY as the broadcast operand: the element of feature i and row m of the batch is at
 // at(m)[i * line + (m % lanes) * step].
 template <typename E, typename Line, typename Step>
-struct Broadcast {
+struct LeftOperand {
   const E* base;
   Line line;
   Step step;
@@ -707,7 +707,7 @@ SECATEUR_TILE void outer_rows(const D& dy, const E* x, int64_t x_stride, int64_t
       unroll<NV>([&](auto v) SECATEUR_INLINE { __builtin_prefetch(to + r * stride + v * W, 1); });
     });
     for (int64_t m = begin; m < end; m += dy.lanes)
-      multiply_add(tile, dy.at(m) + i * dy.line, dy.line, dy.step, x + m * x_stride, x_stride,
+      add_products(tile, dy.at(m) + i * dy.line, dy.line, dy.step, x + m * x_stride, x_stride,
                    std::min(dy.lanes, end - m));
     if (add)
       unroll<R>([&](auto r) SECATEUR_INLINE {
@@ -774,7 +774,7 @@ void run_outer(const Args& g, int64_t begin, int64_t end) {
           const E* const left =
               static_cast<const E*>(g.dy_space) + (g.row_of[p] * g.rows + i0) * g.plan.panel;
           const auto sum_lanes = [&](auto lanes) {
-            sum(Broadcast<E, decltype(lanes), One>{left, {}, {}, lanes, g.out_features * lanes});
+            sum(LeftOperand<E, decltype(lanes), One>{left, {}, {}, lanes, g.out_features * lanes});
           };
           if (g.plan.panel == kFewLanes)
             sum_lanes(std::integral_constant<int64_t, kFewLanes>{});
@@ -783,7 +783,7 @@ void run_outer(const Args& g, int64_t begin, int64_t end) {
           else
             sum_lanes(std::integral_constant<int64_t, kBatchLanes>{});
         } else {
-          sum(Broadcast<E, One, int64_t>{
+          sum(LeftOperand<E, One, int64_t>{
               dy.base + g.row_of[p] * dy.panel_stride + i0, {}, dy.row_stride, batch, 0});
         }
         if (whole) continue;
@@ -1168,7 +1168,7 @@ Plan plan_for(const Args& g) {
 
 template <typename T>
 void pack_matrix(const Args& g, Layout layout, const void* data, int64_t stride,
-                 const Features& features, void* space, int64_t begin, int64_t end) {
+                 const PackedFeatures& features, void* space, int64_t begin, int64_t end) {
   if constexpr (std::is_same_v<T, BFloat16>) {
     if (g.plan.pairs) {
       auto* const to = static_cast<uint32_t*>(space);
@@ -1311,7 +1311,7 @@ SECATEUR_INLINE inline void make_opaque(V& v) {
 #endif
 }
 
-// E is as in multiply_add().
+// E is as in add_products().
 template <typename C, typename E>
 int64_t multiply_registers_as(int64_t rounds, float* value) {
   constexpr int W = kLanes<C>, kChains = 12;  // more than the latency of a multiply-add hides
@@ -1321,9 +1321,8 @@ int64_t multiply_registers_as(int64_t rounds, float* value) {
     acc[i] = broadcast<Vec<C, W>>(static_cast<C>(i));
   for (int64_t round = 0; round < rounds; ++round) {
     make_opaque(factor);  // or its square would be taken once, and only added
-    unroll<kChains>([&](auto i) SECATEUR_INLINE {
-      acc[i] = secateur::multiply_add<C, W, E>(acc[i], factor, factor);
-    });
+    unroll<kChains>(
+        [&](auto i) SECATEUR_INLINE { acc[i] = multiply_add<C, W, E>(acc[i], factor, factor); });
   }
   for (const Vec<C, W>& v : acc) *value += static_cast<float>(v[0]);
   return rounds * kChains * W * (std::is_same_v<C, E> ? 2 : 4);
