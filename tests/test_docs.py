@@ -64,4 +64,5 @@ def test_the_block_runs(
     pruner = names["pruner"]
     if pruner.steps > 6:
         assert pruner.sparsity() == pytest.approx(0.8, abs=0.01)
-    pruner.check()
+    if "pruner.remove()" not in code:
+        pruner.check()

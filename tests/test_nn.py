@@ -115,6 +115,12 @@ def test_state_dict_round_trip_and_pattern_mismatch() -> None:
     del state["0.col_index"]
     with pytest.raises(RuntimeError, match=r"expected 0.col_index beside 0.values, got none"):
         twin.load_state_dict(state, strict=False)
+    state["0.col_index"] = [0]
+    with pytest.raises(RuntimeError, match=r"live blocks\), got a list"):
+        twin.load_state_dict(state)
+    state["0.col_index"] = twin[0].col_index.to("meta")
+    with pytest.raises(RuntimeError, match=r"blocks on meta"):
+        twin.load_state_dict(state)
 
 
 def test_meta_device_and_a_bias_that_does_not_fit() -> None:

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
 from secateur import BlockSparse
@@ -186,6 +187,7 @@ def test_to_and_repr() -> None:
     assert half.dtype == half.values.dtype == torch.float16
     assert half.device == torch.device("cpu")
     assert torch.equal(weight.to("cpu").to_dense(), weight.to_dense())
+    assert weight.to(torch.bfloat16).dtype == torch.bfloat16
     assert weight.to("meta").pattern.col.is_meta
     assert "density nan" in repr(weight.to("meta"))
     expected = "BlockSparse(8 x 8, blocks of 4 x 4, 2 live, density 0.5, float32, cpu)"
@@ -365,6 +367,24 @@ def test_gelu_is_as_good_as_its_comment_says() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own
+def test_forward_mode_is_refused_and_not_zero() -> None:
+    w = BlockSparse.from_dense(torch.randn(6, 4), 2)
+    x = torch.randn(3, 4)
+    with pytest.raises(NotImplementedError, match=r"no forward-mode derivatives .* got a tangent"):
+        torch.func.jvp(lambda x: block_sparse_linear(x, w), (x,), (torch.ones(3, 4),))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones(3, 4))
+        with pytest.raises(NotImplementedError, match=r"got a tangent"):
+            block_sparse_linear(dual, w)
+        assert block_sparse_linear(x, w).shape == (3, 6)
+
+
+def test_meta() -> None:
+    w = BlockSparse.from_dense(torch.randn(6, 4), 2)
+    assert block_sparse_linear(torch.ones(3, 4, device="meta"), w.to("meta")).shape == (3, 6)
+
+
 def test_vmap_sees_the_op_with_parameters_that_want_gradients() -> None:
     weight = BlockSparse.from_dense(torch.randn(32, 48), 16, random_mask(32, 48, 16, 0.5))
     weight.values.requires_grad_()

@@ -95,10 +95,14 @@ class BlockSparseLinear(nn.Module):
             ours, theirs = getattr(self, name), state_dict.get(prefix + name)
             if theirs is None and prefix + "values" in state_dict:
                 errors.append(f"expected {prefix}{name} beside {prefix}values, got none")
-            elif theirs is not None and not torch.equal(ours, theirs.to(ours.device)):
+            elif theirs is not None and not (
+                isinstance(theirs, Tensor)
+                and theirs.is_meta == ours.is_meta is False
+                and torch.equal(ours, theirs.to(ours.device))
+            ):
                 errors.append(
                     f"expected {prefix}{name} to be the pattern of this layer "
-                    f"({ours.numel()} live blocks), got another one of {theirs.numel()} blocks"
+                    f"({ours.numel()} live blocks), got {_described_index(theirs)}"
                 )
         if errors:
             args[-1].extend(errors)  # load_state_dict raises them, with those of other layers
@@ -203,6 +207,12 @@ def densify(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
             surgery.replace_parameter(optimizer, values, layer.weight, scatter)
         model = _replace(model, names, layer)
     return model
+
+
+def _described_index(index: Any) -> str:
+    if not isinstance(index, Tensor):
+        return f"a {type(index).__name__}"
+    return f"another one of {index.numel()} blocks on {index.device}"
 
 
 def _check_bias(bias: Tensor, weight: BlockSparse) -> None:

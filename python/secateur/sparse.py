@@ -151,9 +151,16 @@ class BlockSparse:
         return dense[:n, :k].contiguous()
 
     def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        device: torch.device | str | torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
     ) -> BlockSparse:
-        """The same matrix on another device or in another dtype; differentiable."""
+        """The same matrix on another device or in another dtype; differentiable.
+
+        As in torch, a dtype may come first.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
         return BlockSparse(
             self.values.to(device=device, dtype=dtype),
             self.pattern if device is None else self.pattern.to(device),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from secateur.ops._checks import check_bool, check_float
 from secateur.ops._spec import OpSpec, Sample
@@ -154,6 +155,7 @@ def block_sparse_linear(
         TypeError: ``weight`` is no BlockSparse, ``x`` or ``bias`` is no Tensor, or dtypes differ or
             are not supported.
         ValueError: shapes do not fit, devices differ, or ``activation`` is another word.
+        NotImplementedError: an input has a forward-mode derivative.
 
     Source:
         The products are dsd and sdd of Gale et al., "MegaBlocks" (2022).
@@ -188,7 +190,7 @@ def block_sparse_linear(
     for name, t in others.items():
         if t.device != x.device:
             raise ValueError(f"expected {name} on {x.device}, as x, got {t.device}")
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, values = _autocast(x, dtype), _autocast(values, dtype)
         others = {"weight.values": values}
@@ -198,6 +200,13 @@ def block_sparse_linear(
     for name, t in others.items():
         if t.dtype != x.dtype:
             raise TypeError(f"expected {name} to be {x.dtype}, as x, got {t.dtype}")
+    if forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(t).tangent is not None for t in (x, values, bias) if t is not None
+    ):
+        raise NotImplementedError(
+            "expected no forward-mode derivatives (jvp, jacfwd, dual numbers) of block-sparse "
+            "products, got a tangent: torch.autograd.functional.jvp takes them backward twice"
+        )
     wanted = torch.is_grad_enabled() and any(
         t.requires_grad for t in (x, values, bias) if t is not None
     )
@@ -278,8 +287,8 @@ def _linear_gradients(
 class _Linear(torch.autograd.Function):
     """The op with its gradient as registered below, in less time beside the kernels.
 
-    torch.compile and torch.func see the op itself, which torch.func.vmap and jvp take, and
-    torch.func.grad does not.
+    torch.compile and torch.func see the op itself, which torch.func.vmap takes and torch.func.grad
+    does not.
     """
 
     @staticmethod
