@@ -264,6 +264,26 @@ def test_wrong_options_are_refused_before_measuring(
     assert message in capsys.readouterr().err
 
 
+def test_report_sets_results_beside_their_targets() -> None:
+    row = {"x dense": "8.0", "of peak": "0.5", "of read": "0.8"}
+    assert report.with_target(row, 8.0) == "8.00 of 8 (at most 10.0)"
+    assert report.with_target({**row, "of read": "0.1"}, 9.5) == "**8.00 ▼** of 9.5 (at most 16.0)"
+    assert report.with_target(row, None) == ""
+
+
+def test_report_tells_what_does_not_shrink() -> None:
+    def row(density: float) -> dict[str, str]:  # 2 ms, and 40 for all weights at half the peak
+        ms = 2 + 40 * density
+        gflops = 100 * 40 * density / ms
+        case = {"block": "8", "dtype": "float32", "rows": "512", "shape": "4096x1024"}
+        found = {"density": density, "ours ms": ms, "GFLOP/s": gflops}
+        machine = {"peak GFLOP/s": "200", "read GB/s": "50"}
+        return case | machine | {name: str(x) for name, x in found.items()}
+
+    table = report.what_does_not_shrink([row(d) for d in (1.0, 0.5, 0.1)])
+    assert table.splitlines()[-1] == "| 8 | 2.00 | 0.63 | 50 % |"
+
+
 def test_report_marks_what_loses() -> None:
     assert report.times({"x dense": "0.87"}) == "**0.87 ▼**"
     assert report.times({"x dense": "1.5"}) == "1.50"

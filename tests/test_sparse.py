@@ -366,7 +366,6 @@ def test_gelu_is_as_good_as_its_comment_says() -> None:
     assert off.max() < 2e-7  # |x| / 2 times erf's error, and one rounding
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own
 def test_forward_mode_is_refused_and_not_zero() -> None:
     w = BlockSparse.from_dense(torch.randn(6, 4), 2)
@@ -385,6 +384,7 @@ def test_meta() -> None:
     assert block_sparse_linear(torch.ones(3, 4, device="meta"), w.to("meta")).shape == (3, 6)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_vmap_sees_the_op_with_parameters_that_want_gradients() -> None:
     weight = BlockSparse.from_dense(torch.randn(32, 48), 16, random_mask(32, 48, 16, 0.5))
     weight.values.requires_grad_()

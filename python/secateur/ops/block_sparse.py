@@ -301,9 +301,8 @@ class _Linear(torch.autograd.Function):
         out_features: int,
         activation: str | None,
     ) -> Tensor:
-        with (
-            torch._C._AutoDispatchBelowAutograd()
-        ):  # past the registered gradient, which takes time
+        # Past the registered gradient, which takes time and would not be recorded here.
+        with torch._C._AutoDispatchBelowAutograd():
             y: Tensor = torch.ops.secateur.block_sparse_linear(
                 x, values, bias, *pattern, out_features, activation
             )
