@@ -100,7 +100,7 @@ struct Call {
 
 inline Call call_of(const Problem& problem, const Tensor& like,
                     std::initializer_list<int64_t> shape, std::vector<Tensor> inputs) {
-  Call call{problem, torch::stable::new_empty(like, shape), std::move(inputs)};
+  Call call{problem, new_tensor(like, shape), std::move(inputs)};
   (problem.product == Product::WeightGradient ? call.problem.dw : call.problem.out) =
       call.out.mutable_data_ptr();
   return call;

@@ -39,12 +39,16 @@ constexpr int kDotRows = 2;          // more rows than this do not pay for sums 
 constexpr int64_t kPackRows = 8;     // rows of the batch copied to panels at a time
 constexpr int64_t kPackAhead = 256;  // features from what is copied to what is fetched
 constexpr int64_t kBlocksAhead = 8;  // blocks, where they are copied in another order
+constexpr int64_t kWeightsAhead = 64;  // the same of single weights
 constexpr int64_t kSmallBlock = 16;  // weights
 constexpr int64_t kTaskMultiplies = 1 << 16;  // worth waking a thread
 
 // Output features that Batch transposes at a time: lines of one row are written one after the
 // other, as rows are often a power of two apart and share few sets of L1.
 constexpr int64_t kFeatureChunk = 64;
+// Features that are transposed for a few rows of the batch before the next rows: in long runs the
+// machine sees which lines come next.
+constexpr int64_t kPackChunk = 512;
 
 // Accumulators a tile may hold: the rest of the registers take B and the broadcast.
 constexpr int kAccumulators = kVectorRegisters == 32 ? 16 : 8;
@@ -214,12 +218,24 @@ SECATEUR_INLINE inline void expect_blocks(const Side& s, const B* blocks, int64_
 
 // ---------------------------------------------------------------- packing
 
+// Calls f.template operator()<W>(i) for whole vectors of `count` elements and for half of one, as
+// blocks of 8 have; returns how many elements that leaves.
+template <int W, typename F>
+SECATEUR_INLINE inline int64_t for_runs(int64_t count, F&& f) {
+  int64_t i = 0;
+  for (; i + W <= count; i += W) f.template operator()<W>(i);
+  if (i + W / 2 <= count) {
+    f.template operator()<W / 2>(i);
+    i += W / 2;
+  }
+  return count - i;
+}
+
 template <typename T>
 void widen_range(const T* from, Compute<T>* to, int64_t count) {
-  constexpr int W = kLanes<Compute<T>>;
-  int64_t i = 0;
-  for (; i + W <= count; i += W) store<W>(to + i, load<W>(from + i));
-  for (; i < count; ++i) to[i] = widen(from[i]);
+  int64_t rest = for_runs<kLanes<Compute<T>>>(
+      count, [&]<int W>(int64_t i) SECATEUR_INLINE { store<W>(to + i, load<W>(from + i)); });
+  for (; rest > 0; --rest) to[count - rest] = widen(from[count - rest]);
 }
 
 // The features of X or dY, in lines of `width` that a block multiplies whole; ptr as in Side.
@@ -262,17 +278,17 @@ void pack_panels(const T* from, int64_t stride, int64_t batch, const PackedFeatu
 
 // Pairs of a row and the next, or of a row and zeros.
 inline void pair_rows(const BFloat16* first, const BFloat16* second, uint32_t* to, int64_t count) {
-  constexpr int W = kLanes<float>;
-  int64_t i = 0;
-  for (; i + W <= count; i += W) {
+  int64_t rest = for_runs<kLanes<float>>(count, [&]<int W>(int64_t i) SECATEUR_INLINE {
     Vec<uint16_t, W> low, high{};
     std::memcpy(&low, first + i, sizeof(low));
     if (second) std::memcpy(&high, second + i, sizeof(high));
     const auto wide = __builtin_convertvector(high, Vec<uint32_t, W>) << 16;
     store<W>(to + i, wide | __builtin_convertvector(low, Vec<uint32_t, W>));
-  }
-  for (; i < count; ++i)
+  });
+  for (; rest > 0; --rest) {
+    const int64_t i = count - rest;
     to[i] = uint32_t{first[i].bits} | (second ? uint32_t{second[i].bits} << 16 : 0u);
+  }
 }
 
 // Rows 2 * [begin, end) of the batch to Layout::Panels, in pairs of rows.
@@ -319,29 +335,32 @@ void for_lanes(int64_t lanes, F&& f) {
   f.template operator()<kLanes<C>, kBatchLanes>();
 }
 
-// Layout::Transposed; an item is kFeatureChunk features of one panel. W divides `lanes`.
+// Layout::Transposed; an item is kPackChunk features of one panel. W divides `lanes`.
 template <int W, typename T>
 void pack_transposed(const T* from, int64_t stride, int64_t batch, const PackedFeatures& features,
                      int64_t lanes, Compute<T>* to, int64_t begin, int64_t end) {
-  using C = Compute<T>;
-  const int64_t chunks = ceil_div(features.count, kFeatureChunk);
+  const int64_t chunks = ceil_div(features.count, kPackChunk);
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t panel = item / chunks, first = item % chunks * kFeatureChunk;
-    const int64_t last = std::min(first + kFeatureChunk, features.count);
-    if (!features.live(first, last)) continue;
-    C* const out = to + panel * features.count * lanes;
+    const int64_t panel = item / chunks, first = item % chunks * kPackChunk;
+    const int64_t last = std::min(first + kPackChunk, features.count);
+    Compute<T>* const out = to + panel * features.count * lanes;
     for (int64_t m0 = 0; m0 < lanes; m0 += W) {
       const int64_t m = panel * lanes + m0;
       const int64_t rows = std::clamp<int64_t>(batch - m, 0, W);
-      for (int64_t f = first; f < last; f += W) {
-        const int64_t cols = std::min<int64_t>(W, last - f);
-        const T* const tile = from + (rows > 0 ? m * stride : 0) + f;
-        if (rows == W && cols == W)
-          transpose_tile<W>(tile, stride, W, out + f * lanes + m0, lanes);
-        else if (cols == W)
-          transpose_tile<W>(tile, stride, rows, out + f * lanes + m0, lanes);
-        else
-          transpose_corner<W>(tile, stride, rows, cols, out + f * lanes + m0, lanes);
+      const T* const row = from + (rows > 0 ? m * stride : 0);
+      for (int64_t f0 = first; f0 < last; f0 += kFeatureChunk) {
+        const int64_t f_end = std::min(f0 + kFeatureChunk, last);
+        if (!features.live(f0, f_end)) continue;
+        for (int64_t f = f0; f < f_end; f += W) {
+          const int64_t cols = std::min<int64_t>(W, f_end - f);
+          Compute<T>* const place = out + f * lanes + m0;
+          if (rows == W && cols == W)
+            transpose_tile<W>(row + f, stride, W, place, lanes);
+          else if (cols == W)
+            transpose_tile<W>(row + f, stride, rows, place, lanes);
+          else
+            transpose_corner<W>(row + f, stride, rows, cols, place, lanes);
+        }
       }
     }
   }
@@ -996,7 +1015,10 @@ void finish_sums(const Args& g, int64_t begin, int64_t end) {
   T* const dw = static_cast<T*>(g.dw);
   int64_t i = begin;
   if (g.product == Product::Backward) {  // whose sums are in column order
-    for (; i < end; ++i) dw[g.position_t[i]] = narrow<T>(other ? sums[i] + other[i] : sums[i]);
+    for (; i < end; ++i) {
+      __builtin_prefetch(dw + g.position_t[std::min(i + kWeightsAhead, end - 1)], 1);
+      dw[g.position_t[i]] = narrow<T>(other ? sums[i] + other[i] : sums[i]);
+    }
     return;
   }
   for (; i + W <= end; i += W) {
@@ -1014,8 +1036,8 @@ template <typename C>
 constexpr int kHalfLanes = kVectorBytes == 64 ? kLanes<C> / 2 : kLanes<C>;
 
 Stage transposed_stage(int64_t batch, int64_t features, int64_t lanes) {
-  return {ceil_div(batch, lanes) * ceil_div(features, kFeatureChunk),
-          std::max<int64_t>(1, kTaskMultiplies / 4 / (kFeatureChunk * lanes))};
+  return {ceil_div(batch, lanes) * ceil_div(features, kPackChunk),
+          std::max<int64_t>(1, kTaskMultiplies / 4 / (kPackChunk * lanes))};
 }
 Stage panels_stage(int64_t batch, int64_t features) {
   return {batch, std::max<int64_t>(1, kTaskMultiplies / 4 / std::max<int64_t>(1, features))};
@@ -1228,7 +1250,10 @@ void pack_blocks(const Args& g, int64_t begin, int64_t end) {
     return transpose_blocks(from, g.rows, g.cols, to, begin, end);
   }
   if (g.plan.reorder_values && size == 1) {
-    for (int64_t q = begin; q < end; ++q) to[q] = widen(from[g.position_t[q]]);
+    for (int64_t q = begin; q < end; ++q) {
+      __builtin_prefetch(from + g.position_t[std::min(q + kWeightsAhead, end - 1)]);
+      to[q] = widen(from[g.position_t[q]]);
+    }
     return;
   }
   if (!g.plan.reorder_values && !g.plan.pairs)

@@ -21,7 +21,7 @@ Tensor launch(const char* op, Call call) {
   const Device device(call.out);
   if (problem.batch == 0) return torch::stable::zero_(call.out);
   const int64_t bytes = CUDA::workspace_bytes(problem);
-  Tensor workspace = torch::stable::new_empty(call.out, {bytes}, ScalarType::Byte);
+  Tensor workspace = new_tensor(call.out, {bytes}, ScalarType::Byte);
   check_launch(
       op, CUDA::run(problem, bytes > 0 ? workspace.mutable_data_ptr() : nullptr, device.stream()));
   return call.out;

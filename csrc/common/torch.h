@@ -8,6 +8,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -36,6 +40,24 @@ inline Dtype dtype_of(const Tensor& t, const char* op, const char* argument) {
                       " to be float32, bfloat16, float16 or float64, got ", t.scalar_type());
   }
   return Dtype::Float;
+}
+
+// Uninitialized and contiguous, on the device of `like`. torch::stable::new_empty goes by way of the
+// dispatcher, which costs a small product as much as its checks.
+inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
+  int32_t device_type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle tensor;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+      like.get_device_index(), &tensor));
+  return Tensor(tensor);
+}
+inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes) {
+  return new_tensor(like, sizes, like.scalar_type());
 }
 
 // `t` for a kernel that reads it; errors name `op` and `argument`.

@@ -16,7 +16,7 @@ Tensor pack_cpu(const Tensor& mask) {
   check_mask(mask);
   const Tensor source = torch::stable::contiguous(mask);
   const int64_t numel = mask.numel();
-  Tensor bits = torch::stable::new_empty(mask, {byte_count(numel)}, ScalarType::Byte);
+  Tensor bits = new_tensor(mask, {byte_count(numel)}, ScalarType::Byte);
   if (numel == 0) return bits;
   Pack* run = SECATEUR_FOR_ISA(pack);
   torch::stable::parallel_for(0, byte_count(numel), kGrainBytes, [&](int64_t begin, int64_t end) {
@@ -28,7 +28,7 @@ Tensor pack_cpu(const Tensor& mask) {
 Tensor unpack_cpu(const Tensor& bits, std::vector<int64_t> shape) {
   const int64_t numel = numel_of(shape);
   check_bits("unpack_mask", bits, numel);
-  Tensor mask = torch::stable::new_empty(bits, shape, ScalarType::Bool);
+  Tensor mask = new_tensor(bits, shape, ScalarType::Bool);
   if (numel == 0) return mask;
   prefer_huge_pages(mask.mutable_data_ptr(), numel);
   Unpack* run = SECATEUR_FOR_ISA(unpack);
@@ -42,7 +42,7 @@ Tensor unpack_cpu(const Tensor& bits, std::vector<int64_t> shape) {
 Tensor apply_cpu(std::vector<Tensor> tensors, std::vector<Tensor> bits) {
   check_targets(tensors, bits);
   Tensor revived =
-      torch::stable::new_empty(bits[0], {static_cast<int64_t>(tensors.size())}, ScalarType::Bool);
+      new_tensor(bits[0], {static_cast<int64_t>(tensors.size())}, ScalarType::Bool);
   uint8_t* const flags = mutable_bytes(revived);
   std::fill_n(flags, tensors.size(), 0);
   // One loop over the bytes of all masks: to start the threads takes as long as a small tensor.

@@ -12,7 +12,7 @@ Tensor pack_cuda(const Tensor& mask) {
   const Device device(mask);
   const Tensor source = torch::stable::contiguous(mask);
   const int64_t numel = mask.numel();
-  Tensor bits = torch::stable::new_empty(mask, {byte_count(numel)}, ScalarType::Byte);
+  Tensor bits = new_tensor(mask, {byte_count(numel)}, ScalarType::Byte);
   if (numel == 0) return bits;
   check_launch("pack_mask", CUDA::pack(bytes(source), numel, mutable_bytes(bits), device.stream()));
   return bits;
@@ -22,7 +22,7 @@ Tensor unpack_cuda(const Tensor& bits, std::vector<int64_t> shape) {
   const int64_t numel = numel_of(shape);
   check_bits("unpack_mask", bits, numel);
   const Device device(bits);
-  Tensor mask = torch::stable::new_empty(bits, shape, ScalarType::Bool);
+  Tensor mask = new_tensor(bits, shape, ScalarType::Bool);
   if (numel == 0) return mask;
   check_launch("unpack_mask",
                CUDA::unpack(bytes(bits), numel, mutable_bytes(mask), device.stream()));

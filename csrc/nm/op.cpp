@@ -19,7 +19,7 @@ std::tuple<Tensor, Tensor> nm_mask_cpu(const Tensor& weight, std::optional<Tenso
   Args args = checked_args(weight, grad, state, formula, n, m, largest, normalizer, seed);
 
   // Outputs
-  Tensor mask = torch::stable::new_empty(weight, {(args.numel + 7) / 8}, ScalarType::Byte);
+  Tensor mask = new_tensor(weight, {(args.numel + 7) / 8}, ScalarType::Byte);
   Tensor bad = torch::stable::new_zeros(weight, {}, ScalarType::Bool);
   if (args.numel == 0) return {mask, bad};
   args.mask = static_cast<uint8_t*>(mask.mutable_data_ptr());

@@ -15,7 +15,7 @@ std::tuple<Tensor, Tensor> nm_mask_cuda(const Tensor& weight, std::optional<Tens
                                         int64_t m, bool largest, double normalizer, int64_t seed) {
   Args args = checked_args(weight, grad, state, formula, n, m, largest, normalizer, seed);
   const Device device(weight);
-  Tensor mask = torch::stable::new_empty(weight, {(args.numel + 7) / 8}, ScalarType::Byte);
+  Tensor mask = new_tensor(weight, {(args.numel + 7) / 8}, ScalarType::Byte);
   // The smallest that an atomic takes: four bytes.
   Tensor word = torch::stable::new_zeros(weight, {4}, ScalarType::Bool);
   Tensor bad = torch::stable::select(word, 0, 0);

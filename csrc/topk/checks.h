@@ -85,7 +85,7 @@ inline void set_goal(Problem& problem, std::optional<int64_t> keep,
 inline std::vector<Tensor> new_masks(std::vector<Item>& items, const Tensor& like) {
   std::vector<Tensor> masks;
   for (Item& item : items) {
-    masks.push_back(torch::stable::new_empty(like, {(item.numel + 7) / 8}, ScalarType::Byte));
+    masks.push_back(new_tensor(like, {(item.numel + 7) / 8}, ScalarType::Byte));
     item.mask = static_cast<uint8_t*>(masks.back().mutable_data_ptr());
   }
   return masks;

@@ -25,7 +25,7 @@ void run_step(Search& search) {
 
 // (index of the first weight with a bad score or -1, number of elements alive)
 Tensor info_of(const Search& search, const Tensor& like) {
-  Tensor info = torch::stable::new_empty(like, {2}, ScalarType::Long);
+  Tensor info = new_tensor(like, {2}, ScalarType::Long);
   int64_t* const result = static_cast<int64_t*>(info.mutable_data_ptr());
   result[0] = search.bad_item < search.n_items ? search.bad_item : -1;
   result[1] = search.alive;
@@ -76,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor> histogram_cpu(
       "histogram", {weights, grads, states, formula, alive, largest, true, normalizers, seeds});
 
   // Outputs
-  Tensor bins = torch::stable::new_empty(weights[0], {kBins}, ScalarType::Long);
+  Tensor bins = new_tensor(weights[0], {kBins}, ScalarType::Long);
   Tensor counts = new_counts(items, weights[0]);
 
   // Dispatch

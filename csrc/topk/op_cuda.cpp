@@ -14,7 +14,7 @@ namespace {
 int64_t* numbers(Tensor& t) { return static_cast<int64_t*>(t.mutable_data_ptr()); }
 
 Tensor new_workspace(const Problem& problem, int64_t capacity, const Tensor& like) {
-  return torch::stable::new_empty(like, {CUDA::workspace_bytes(problem, capacity)},
+  return new_tensor(like, {CUDA::workspace_bytes(problem, capacity)},
                                   ScalarType::Byte);
 }
 
@@ -32,7 +32,7 @@ std::tuple<std::vector<Tensor>, Tensor> select_cuda(
   // Outputs
   const Device device(weights[0]);
   std::vector<Tensor> masks = new_masks(items, weights[0]);
-  Tensor info = torch::stable::new_empty(weights[0], {2}, ScalarType::Long);
+  Tensor info = new_tensor(weights[0], {2}, ScalarType::Long);
 
   // Dispatch
   const int64_t capacity = CUDA::capacity(problem.numel);
@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor, Tensor> histogram_cuda(
   const Device device(weights[0]);
   Tensor bins = torch::stable::new_zeros(weights[0], {kBins}, ScalarType::Long);
   Tensor counts = new_counts(items, weights[0]);
-  Tensor info = torch::stable::new_empty(weights[0], {2}, ScalarType::Long);
+  Tensor info = new_tensor(weights[0], {2}, ScalarType::Long);
 
   // Dispatch
   Tensor workspace = new_workspace(problem, 0, weights[0]);

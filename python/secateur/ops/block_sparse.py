@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from secateur.ops._checks import check_bool, check_float
+from secateur.ops._checks import check_bool, check_float, check_tensor
 from secateur.ops._spec import OpSpec, Sample
 
 if TYPE_CHECKING:
@@ -174,32 +174,13 @@ def block_sparse_linear(
             "expected weight to be a BlockSparse (BlockSparse.from_dense makes one), got "
             f"{type(weight).__name__}"
         )
-    for name, t in (("x", x), *(() if bias is None else (("bias", bias),))):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"expected {name} to be a Tensor, got {type(t).__name__}")
-    out_features, in_features = weight.shape
-    if x.dim() == 0 or x.shape[-1] != in_features:
-        raise ValueError(
-            f"expected x of shape (..., {in_features}) for a weight of shape "
-            f"({out_features}, {in_features}), got {tuple(x.shape)}"
-        )
-    if bias is not None and bias.shape != (out_features,):
-        raise ValueError(f"expected bias of shape ({out_features},), got {tuple(bias.shape)}")
-    values = weight.values
-    others = {"weight.values": values} if bias is None else {"weight.values": values, "bias": bias}
-    for name, t in others.items():
-        if t.device != x.device:
-            raise ValueError(f"expected {name} on {x.device}, as x, got {t.device}")
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, values = _autocast(x, dtype), _autocast(values, dtype)
-        others = {"weight.values": values}
-        if bias is not None:
-            others["bias"] = bias = _autocast(bias, dtype)
-    check_float("x", x)
-    for name, t in others.items():
-        if t.dtype != x.dtype:
-            raise TypeError(f"expected {name} to be {x.dtype}, as x, got {t.dtype}")
+    check_tensor("x", x)
+    if bias is not None:
+        check_tensor("bias", bias)
+    values, (out_features, in_features) = weight.values, weight.shape
+    if torch._C._is_any_autocast_enabled():
+        x, values, bias = _autocast(x, values, bias)
+    _check_operands(x, values, bias, out_features, in_features)
     if forward_ad._current_level >= 0 and any(
         forward_ad.unpack_dual(t).tangent is not None for t in (x, values, bias) if t is not None
     ):
@@ -219,14 +200,45 @@ def block_sparse_linear(
         apply: Any = _Linear.apply
         y: Tensor = apply(*inputs, pattern, out_features, last)
     else:
-        y = torch.ops.secateur.block_sparse_linear(*inputs, *pattern, out_features, last)
+        with contextlib.nullcontext() if direct else torch._C._AutoDispatchBelowAutograd():
+            y = torch.ops.secateur.block_sparse_linear(*inputs, *pattern, out_features, last)
     y = y if flat else y.reshape(*x.shape[:-1], out_features)
     return torch.nn.functional.gelu(y) if apart else y
 
 
-def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """What autocast does to an argument of a matrix product: float64 stays as it is."""
-    return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+def _autocast(
+    x: Tensor, values: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What autocast does to the arguments of a matrix product: float64 stays as it is."""
+    kind = x.device.type
+    if x.is_meta or not torch.is_autocast_enabled(kind):
+        return x, values, bias
+    dtype = torch.get_autocast_dtype(kind)
+
+    def cast(t: Tensor) -> Tensor:
+        return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+
+    return cast(x), cast(values), None if bias is None else cast(bias)
+
+
+def _check_operands(
+    x: Tensor, values: Tensor, bias: Tensor | None, out_features: int, in_features: int
+) -> None:
+    check_float("x", x)
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(
+            f"expected x of shape (..., {in_features}) for a weight of shape "
+            f"({out_features}, {in_features}), got {tuple(x.shape)}"
+        )
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"expected bias of shape ({out_features},), got {tuple(bias.shape)}")
+    for name, t in (("weight.values", values), ("bias", bias)):
+        if t is None:
+            continue
+        if t.device != x.device:
+            raise ValueError(f"expected {name} on {x.device}, as x, got {t.device}")
+        if t.dtype != x.dtype:
+            raise TypeError(f"expected {name} to be {x.dtype}, as x, got {t.dtype}")
 
 
 # The ops take the pattern as six int32 tensors, in the order of Pattern.tensors(). They check
