@@ -76,7 +76,6 @@ struct Args : Problem {
   // The rows of a batch come in parts: values are packed with the first, which also starts the sums
   // of dW, in the dtype that is computed in. finish() adds the other sums, if any, and writes dW.
   bool first_part;
-  bool shares_dy;  // dX and dW are computed together: dY had better be packed for both
   Plan plan;
   void *x_space, *dy_space, *values_space, *sums;
   const void* other_sums;  // may be null

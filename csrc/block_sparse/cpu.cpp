@@ -33,14 +33,14 @@ namespace {
 
 // Fewer rows than this do not pay for transposing the weights.
 constexpr int64_t kFewRows = 16;
-constexpr int64_t kFewLanes = 16;    // lanes of a panel where the batch is small
-constexpr int64_t kFewestLanes = 8;  // of smaller ones, which a vector of 512 bits exceeds
-constexpr int kDotRows = 2;          // more rows than this do not pay for sums across lanes
-constexpr int64_t kPackRows = 8;     // rows of the batch copied to panels at a time
-constexpr int64_t kPackAhead = 256;  // features from what is copied to what is fetched
-constexpr int64_t kBlocksAhead = 8;  // blocks, where they are copied in another order
+constexpr int64_t kFewLanes = 16;      // lanes of a panel where the batch is small
+constexpr int64_t kFewestLanes = 8;    // of smaller ones, which a vector of 512 bits exceeds
+constexpr int kDotRows = 2;            // more rows than this do not pay for sums across lanes
+constexpr int64_t kPackRows = 8;       // rows of the batch copied to panels at a time
+constexpr int64_t kPackAhead = 256;    // features from what is copied to what is fetched
+constexpr int64_t kBlocksAhead = 8;    // blocks, where they are copied in another order
 constexpr int64_t kWeightsAhead = 64;  // the same of single weights
-constexpr int64_t kSmallBlock = 16;  // weights
+constexpr int64_t kSmallBlock = 16;    // weights
 constexpr int64_t kTaskMultiplies = 1 << 16;  // worth waking a thread
 
 // Output features that Batch transposes at a time: lines of one row are written one after the
@@ -437,12 +437,8 @@ void run_features(const Args& g, const B* blocks, const E* a, int64_t stride, in
                   int64_t end) {
   constexpr int W = kLanes<Compute<T>>;
   const Side s = g.plan.pairs ? paired(side_of(g)) : side_of(g);
-  int64_t entered = -1;  // panel
   for_groups(s.ptr, s.lines, 1, begin, end, [&](int64_t panel, int64_t line) {
     const int64_t m = panel * kFeatureRows, m_end = std::min(m + kFeatureRows, g.batch);
-    if (kLayout == Layout::InPlace && panel != entered)
-      expect(a + m * stride, stride, m_end - m, s.inner_features);
-    entered = panel;
     if (panel == 0 && g.first_part && !g.values_space) expect_blocks(s, blocks, line + 1);
     const int64_t width = std::min(s.line_width, s.out_features - line * s.line_width);
     for_vectors<W>(s.line_width, width, [&](auto nv, int64_t j) {
@@ -1175,11 +1171,7 @@ Plan plan_for(const Args& g) {
   } else {
     plan.method = Method::Features;
     plan.panel = kFeaturePanel;
-    // Narrow tiles read many rows at once, too many to follow where they lie.
-    const bool wide = s.line_width >= 4 * W && kVectorRegisters == 32;
-    const bool in_place =
-        (!kNarrow || plan.pairs) && (few || (wide && (!g.shares_dy || plan.pairs)));
-    lay_out_left(in_place ? Layout::InPlace : kFeatureLayout);
+    lay_out_left(few && !kNarrow ? Layout::InPlace : kFeatureLayout);
     plan.transpose_values = forward;
     if (forward || (kNarrow && !few)) copy_values();
     plan.run = group_stage(s.ptr, s.lines, 1, ceil_div(g.batch, kFeatureRows),
@@ -1303,15 +1295,10 @@ void run_for(const Args& g, int64_t begin, int64_t end) {
   const bool in_place = (forward ? g.plan.x : g.plan.dy) == Layout::InPlace;
   const void* const a = forward ? (in_place ? g.x : g.x_space) : (in_place ? g.dy : g.dy_space);
   const int64_t stride = forward ? g.x_stride : g.dy_stride;
-  if constexpr (kHasPairs && std::is_same_v<T, BFloat16>) {
-    if (g.plan.pairs) {
-      const auto* const blocks = static_cast<const uint32_t*>(g.values_space);
-      const auto* const left = static_cast<const uint32_t*>(a);
-      if (in_place)
-        return run_features<T, Layout::InPlace>(g, blocks, left, stride / 2, begin, end);
-      return run_features<T, kFeatureLayout>(g, blocks, left, 0, begin, end);
-    }
-  }
+  if constexpr (kHasPairs && std::is_same_v<T, BFloat16>)
+    if (g.plan.pairs)
+      return run_features<T, kFeatureLayout>(g, static_cast<const uint32_t*>(g.values_space),
+                                             static_cast<const uint32_t*>(a), 0, begin, end);
   const auto* const left = static_cast<const C*>(a);
   const auto run = [&](const auto* blocks) {
     if (in_place)

@@ -123,7 +123,6 @@ void reserve(std::vector<Halves>& calls, const std::vector<bool>& shared, bool c
 
 // One product, or dX and dW of the same dY.
 void launch(std::vector<Call> calls) {
-  const bool shares_dy = calls.size() > 1;
   std::erase_if(calls, [](const Call& call) { return call.out.numel() == 0; });
   if (calls.empty()) return;
   const int64_t itemsize = calls[0].out.element_size(), batch = calls[0].problem.batch;
@@ -137,7 +136,6 @@ void launch(std::vector<Call> calls) {
     prefer_huge_pages(call.out.mutable_data_ptr(), call.out.numel() * call.out.element_size());
     Args& whole = wholes.emplace_back();
     static_cast<Problem&>(whole) = call.problem;
-    whole.shares_dy = shares_dy;
     panel = std::max(panel, SECATEUR_FOR_ISA(make_plan)(whole).panel);
   }
   const int64_t panels = ceil_div(batch, panel);

@@ -42,11 +42,12 @@ inline Dtype dtype_of(const Tensor& t, const char* op, const char* argument) {
   return Dtype::Float;
 }
 
-// Uninitialized and contiguous, on the device of `like`. torch::stable::new_empty goes by way of the
-// dispatcher, which costs a small product as much as its checks.
+// Uninitialized and contiguous, on the device of `like`. torch::stable::new_empty goes by way of
+// the dispatcher, which costs a small product as much as its checks.
 inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
+  for (size_t d = sizes.size(); d-- > 1;)
+    strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
   int32_t device_type;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle tensor;

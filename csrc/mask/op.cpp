@@ -41,8 +41,7 @@ Tensor unpack_cpu(const Tensor& bits, std::vector<int64_t> shape) {
 // For each tensor whether something dead was not zero.
 Tensor apply_cpu(std::vector<Tensor> tensors, std::vector<Tensor> bits) {
   check_targets(tensors, bits);
-  Tensor revived =
-      new_tensor(bits[0], {static_cast<int64_t>(tensors.size())}, ScalarType::Bool);
+  Tensor revived = new_tensor(bits[0], {static_cast<int64_t>(tensors.size())}, ScalarType::Bool);
   uint8_t* const flags = mutable_bytes(revived);
   std::fill_n(flags, tensors.size(), 0);
   // One loop over the bytes of all masks: to start the threads takes as long as a small tensor.

@@ -47,8 +47,7 @@ inline void check_blocks(const char* op, Args& args, int64_t rows, int64_t cols,
 inline Tensor new_scores(const Tensor& weight, Args& args) {
   const int64_t rows = (args.n_rows + args.rows - 1) / args.rows;
   const int64_t cols = (args.n_cols + args.cols - 1) / args.cols;
-  Tensor out = new_tensor(weight, {rows, cols},
-                                        args.wide ? ScalarType::Double : ScalarType::Float);
+  Tensor out = new_tensor(weight, {rows, cols}, args.wide ? ScalarType::Double : ScalarType::Float);
   args.out = out.mutable_data_ptr();
   return out;
 }

@@ -14,8 +14,8 @@ void run(const char* op, const std::vector<Args>& tensors, const Tensor& like) {
   if (tensors.empty()) return;
   const Device device(like);
   const auto count = static_cast<int64_t>(tensors.size());
-  Tensor workspace = new_tensor(like, {CUDA::workspace_bytes(tensors.data(), count)},
-                                              ScalarType::Byte);
+  Tensor workspace =
+      new_tensor(like, {CUDA::workspace_bytes(tensors.data(), count)}, ScalarType::Byte);
   check_launch(op, CUDA::run(tensors.data(), count, workspace.mutable_data_ptr(), device.stream()));
 }
 

@@ -14,8 +14,7 @@ namespace {
 int64_t* numbers(Tensor& t) { return static_cast<int64_t*>(t.mutable_data_ptr()); }
 
 Tensor new_workspace(const Problem& problem, int64_t capacity, const Tensor& like) {
-  return new_tensor(like, {CUDA::workspace_bytes(problem, capacity)},
-                                  ScalarType::Byte);
+  return new_tensor(like, {CUDA::workspace_bytes(problem, capacity)}, ScalarType::Byte);
 }
 
 // The masks, and (index of the first weight with a bad score or -1, number of elements alive).
