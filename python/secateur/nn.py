@@ -16,7 +16,7 @@ __all__ = ["BlockSparseLinear", "densify", "sparsify"]
 
 # Time of a multiply-add on live blocks relative to one of dense torch: a layer of density d in
 # blocks of size b takes about d * _COST[b] of the dense time. bench/results/block_sparse.csv has
-# 0.9 to 1.1 for 16 to 128, 1.2 for 8 and 2.2 for 1, and in bfloat16 1.3 to 1.4, 1.7 and 5.5
+# 1.0 for 16 to 128, 1.2 for 8 and 2.1 for 1, and in bfloat16 1.2 to 1.4, 1.6 and 4.8
 # (forward and backward, density 0.25, an AMD Zen 4; less in float32 where torch is further from
 # the peak); smaller layers gain less, so these are rounded up.
 _COST = {128: 1.1, 64: 1.1, 32: 1.1, 16: 1.2, 8: 1.5, 1: 3.0}
