@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
-from secateur import BlockSparse
+from secateur import BlockSparse, sparsify
 from secateur.ops import block_sparse_linear
 from secateur.sparse import Pattern
 
@@ -393,6 +393,39 @@ def test_vmap_sees_the_op_with_parameters_that_want_gradients() -> None:
     torch.testing.assert_close(each, block_sparse_linear(x, weight))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_trace_of_a_layer_that_trains() -> None:
+    layer = torch.nn.Linear(48, 32)
+    layer.weight.data[:16] = 0
+    sparse = sparsify(layer, block=16)
+    traced = torch.jit.trace(sparse, torch.randn(3, 48))
+    x = torch.randn(5, 48)
+    torch.testing.assert_close(traced(x), sparse(x))
+
+
+def test_a_subclass_that_handles_the_op_may_use_autograd() -> None:
+    class Scaled(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = super().__torch_function__(func, types, args, kwargs or {})
+            return out * scale if "block_sparse_linear" in str(func) else out
+
+    scale = torch.ones((), requires_grad=True)
+    weight = BlockSparse.from_dense(torch.randn(32, 48), 16)
+    y = block_sparse_linear(torch.randn(3, 48).as_subclass(Scaled), weight)
+    (grad,) = torch.autograd.grad(y.sum(), scale)
+    torch.testing.assert_close(
+        grad.as_subclass(torch.Tensor), y.detach().sum().as_subclass(torch.Tensor)
+    )
+
+
+def test_a_result_that_no_memory_holds() -> None:
+    weight = BlockSparse.from_dense(torch.randn(32, 16), 16)
+    with pytest.raises(RuntimeError, match=r"memory for a result of shape \(1099511627776, 32\)"):
+        block_sparse_linear(torch.zeros(1, 16).expand(2**40, 16), weight)
+
+
 @pytest.mark.parametrize("block", [1, 16], ids=str)
 def test_compile_fullgraph(block: int) -> None:
     torch.manual_seed(0)
@@ -509,6 +542,11 @@ BAD_PRODUCTS = {
         (torch.ones(3, 6), SPARSE, torch.ones(4).half()),
         TypeError,
         "bias to be torch.float32, as x, got torch.float16",
+    ),
+    "a sparse layout": (
+        (torch.ones(3, 6).to_sparse(), SPARSE),
+        TypeError,
+        "x to be strided, got torch.sparse_coo",
     ),
     "no such activation": (
         (torch.ones(3, 6), SPARSE, None, "tanh"),

@@ -44,7 +44,8 @@ constexpr int64_t kSmallBlock = 16;    // weights
 constexpr int64_t kTaskMultiplies = 1 << 16;  // worth waking a thread
 
 // Output features that Batch transposes at a time: lines of one row are written one after the
-// other, as rows are often a power of two apart and share few sets of L1.
+// other, as rows are often a power of two apart and share few sets of L1. And input features that
+// are not packed if no live block multiplies them.
 constexpr int64_t kFeatureChunk = 64;
 // Features that are transposed for a few rows of the batch before the next rows: in long runs the
 // machine sees which lines come next.
@@ -218,8 +219,8 @@ SECATEUR_INLINE inline void expect_blocks(const Side& s, const B* blocks, int64_
 
 // ---------------------------------------------------------------- packing
 
-// Calls f.template operator()<W>(i) for whole vectors of `count` elements and for half of one, as
-// blocks of 8 have; returns how many elements that leaves.
+// Calls f.template operator()<W>(i) for whole vectors of `count` elements, then for half a vector
+// (of 512 bits: a block of 8); returns how many elements that were.
 template <int W, typename F>
 SECATEUR_INLINE inline int64_t for_runs(int64_t count, F&& f) {
   int64_t i = 0;
@@ -228,14 +229,14 @@ SECATEUR_INLINE inline int64_t for_runs(int64_t count, F&& f) {
     f.template operator()<W / 2>(i);
     i += W / 2;
   }
-  return count - i;
+  return i;
 }
 
 template <typename T>
 void widen_range(const T* from, Compute<T>* to, int64_t count) {
-  int64_t rest = for_runs<kLanes<Compute<T>>>(
-      count, [&]<int W>(int64_t i) SECATEUR_INLINE { store<W>(to + i, load<W>(from + i)); });
-  for (; rest > 0; --rest) to[count - rest] = widen(from[count - rest]);
+  int64_t i = for_runs<kLanes<Compute<T>>>(
+      count, [&]<int W>(int64_t at) SECATEUR_INLINE { store<W>(to + at, load<W>(from + at)); });
+  for (; i < count; ++i) to[i] = widen(from[i]);
 }
 
 // The features of X or dY, in lines of `width` that a block multiplies whole; ptr as in Side.
@@ -278,17 +279,15 @@ void pack_panels(const T* from, int64_t stride, int64_t batch, const PackedFeatu
 
 // Pairs of a row and the next, or of a row and zeros.
 inline void pair_rows(const BFloat16* first, const BFloat16* second, uint32_t* to, int64_t count) {
-  int64_t rest = for_runs<kLanes<float>>(count, [&]<int W>(int64_t i) SECATEUR_INLINE {
+  int64_t i = for_runs<kLanes<float>>(count, [&]<int W>(int64_t at) SECATEUR_INLINE {
     Vec<uint16_t, W> low, high{};
-    std::memcpy(&low, first + i, sizeof(low));
-    if (second) std::memcpy(&high, second + i, sizeof(high));
+    std::memcpy(&low, first + at, sizeof(low));
+    if (second) std::memcpy(&high, second + at, sizeof(high));
     const auto wide = __builtin_convertvector(high, Vec<uint32_t, W>) << 16;
-    store<W>(to + i, wide | __builtin_convertvector(low, Vec<uint32_t, W>));
+    store<W>(to + at, wide | __builtin_convertvector(low, Vec<uint32_t, W>));
   });
-  for (; rest > 0; --rest) {
-    const int64_t i = count - rest;
+  for (; i < count; ++i)
     to[i] = uint32_t{first[i].bits} | (second ? uint32_t{second[i].bits} << 16 : 0u);
-  }
 }
 
 // Rows 2 * [begin, end) of the batch to Layout::Panels, in pairs of rows.
@@ -1032,8 +1031,9 @@ template <typename C>
 constexpr int kHalfLanes = kVectorBytes == 64 ? kLanes<C> / 2 : kLanes<C>;
 
 Stage transposed_stage(int64_t batch, int64_t features, int64_t lanes) {
+  const int64_t chunk = std::clamp<int64_t>(features, 1, kPackChunk);
   return {ceil_div(batch, lanes) * ceil_div(features, kPackChunk),
-          std::max<int64_t>(1, kTaskMultiplies / 4 / (kPackChunk * lanes))};
+          std::max<int64_t>(1, kTaskMultiplies / 4 / (chunk * lanes))};
 }
 Stage panels_stage(int64_t batch, int64_t features) {
   return {batch, std::max<int64_t>(1, kTaskMultiplies / 4 / std::max<int64_t>(1, features))};
@@ -1291,26 +1291,23 @@ void run_for(const Args& g, int64_t begin, int64_t end) {
       if (g.plan.pairs) return outer.template operator()<uint32_t>();
     return outer.template operator()<C>();
   }
+  if constexpr (std::is_same_v<T, C>)
+    if (g.product == Product::InputGradient && g.plan.dy == Layout::InPlace)
+      return run_features<T, Layout::InPlace>(g, static_cast<const T*>(g.values),
+                                              static_cast<const T*>(g.dy), g.dy_stride, begin, end);
   const bool forward = g.product == Product::Forward;
-  const bool in_place = (forward ? g.plan.x : g.plan.dy) == Layout::InPlace;
-  const void* const a = forward ? (in_place ? g.x : g.x_space) : (in_place ? g.dy : g.dy_space);
-  const int64_t stride = forward ? g.x_stride : g.dy_stride;
+  const void* const left = forward ? g.x_space : g.dy_space;
+  const auto run = [&]<typename E>(const auto* blocks) {
+    run_features<T, kFeatureLayout>(g, blocks, static_cast<const E*>(left),
+                                    panel_row(forward ? g.cols : g.rows), begin, end);
+  };
   if constexpr (kHasPairs && std::is_same_v<T, BFloat16>)
     if (g.plan.pairs)
-      return run_features<T, kFeatureLayout>(g, static_cast<const uint32_t*>(g.values_space),
-                                             static_cast<const uint32_t*>(a), 0, begin, end);
-  const auto* const left = static_cast<const C*>(a);
-  const auto run = [&](const auto* blocks) {
-    if (in_place)
-      run_features<T, Layout::InPlace>(g, blocks, left, stride, begin, end);
-    else
-      run_features<T, kFeatureLayout>(g, blocks, left, panel_row(forward ? g.cols : g.rows), begin,
-                                      end);
-  };
+      return run.template operator()<uint32_t>(static_cast<const uint32_t*>(g.values_space));
   if (g.values_space)
-    run(static_cast<const C*>(g.values_space));
+    run.template operator()<C>(static_cast<const C*>(g.values_space));
   else
-    run(static_cast<const T*>(g.values));
+    run.template operator()<C>(static_cast<const T*>(g.values));
 }
 
 // For the compiler `v` is another value from here on.

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #if defined(__linux__)
@@ -42,19 +43,29 @@ inline Dtype dtype_of(const Tensor& t, const char* op, const char* argument) {
   return Dtype::Float;
 }
 
-// Uninitialized and contiguous, on the device of `like`. torch::stable::new_empty goes by way of
-// the dispatcher, which costs a small product as much as its checks.
+// "2, 3"
+inline std::string joined(const std::vector<int64_t>& sizes) {
+  std::string text;
+  for (const int64_t size : sizes) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  return text;
+}
+
+// Uninitialized and contiguous, on the device of `like`. On a CPU torch::stable::new_empty would go
+// by way of the dispatcher, which costs a small product as much as its checks.
 inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size(), 1);
+  bool fits = true;
   for (size_t d = sizes.size(); d-- > 1;)
-    strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
+    fits &= !__builtin_mul_overflow(strides[d], std::max<int64_t>(sizes[d], 1), &strides[d - 1]);
   int32_t device_type;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle tensor;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
-      like.get_device_index(), &tensor));
+  STD_TORCH_CHECK(
+      fits && aoti_torch_empty_strided(
+                  static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                  torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+                  device_type, like.get_device_index(), &tensor) == AOTI_TORCH_SUCCESS,
+      "expected memory for a result of shape (", joined(sizes), "), got none");
   return Tensor(tensor);
 }
 inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes) {

@@ -137,7 +137,7 @@ def block_sparse_linear(
     autocast, inputs are cast to its dtype, as in ``torch.nn.functional.linear``.
 
     Memory beside the result, in the compute dtype, which the thread keeps for its next call: at
-    most 600 rows of ``x`` and the live values twice; in the backward pass at most 600 rows of ``x``
+    most 600 rows of ``x`` and the live values twice; in the backward pass at most 800 rows of ``x``
     and of y's gradient and the live values four times.
 
     Args:
@@ -152,10 +152,11 @@ def block_sparse_linear(
         ``(..., out_features)``, contiguous, of x's dtype.
 
     Raises:
-        TypeError: ``weight`` is no BlockSparse, ``x`` or ``bias`` is no Tensor, or dtypes differ or
-            are not supported.
+        TypeError: ``weight`` is no BlockSparse, ``x`` or ``bias`` is no Tensor, dtypes differ or
+            are not supported, or ``x`` is not strided (a sparse layout).
         ValueError: shapes do not fit, devices differ, or ``activation`` is another word.
-        NotImplementedError: an input has a forward-mode derivative.
+        NotImplementedError: an input has a forward-mode derivative. (torch.func.grad is refused by
+            torch, with a RuntimeError.)
 
     Source:
         The products are dsd and sdd of Gale et al., "MegaBlocks" (2022).
@@ -178,7 +179,7 @@ def block_sparse_linear(
     if bias is not None:
         check_tensor("bias", bias)
     values, (out_features, in_features) = weight.values, weight.shape
-    if torch._C._is_any_autocast_enabled():
+    if torch._C._is_any_autocast_enabled():  # cheaper than to ask for the device's
         x, values, bias = _autocast(x, values, bias)
     _check_operands(x, values, bias, out_features, in_features)
     if forward_ad._current_level >= 0 and any(
@@ -192,7 +193,13 @@ def block_sparse_linear(
         t.requires_grad for t in (x, values, bias) if t is not None
     )
     apart = activation == "gelu" and wanted
-    direct = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    # What looks on sees the op itself, registered gradient and all.
+    direct = (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch.overrides.has_torch_function((x, values, bias))
+    )
     flat = x.dim() == 2  # a view would be one more step of the backward pass
     inputs = x if flat else x.reshape(x.shape[:-1].numel(), in_features), values, bias
     pattern, last = weight.pattern.tensors(), None if apart else activation
@@ -225,6 +232,8 @@ def _check_operands(
     x: Tensor, values: Tensor, bias: Tensor | None, out_features: int, in_features: int
 ) -> None:
     check_float("x", x)
+    if x.layout != torch.strided:
+        raise TypeError(f"expected x to be strided, got {x.layout}")
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(
             f"expected x of shape (..., {in_features}) for a weight of shape "
@@ -324,7 +333,8 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        again = torch.is_grad_enabled()  # gradients of gradients are wanted
+        # Gradients of gradients are wanted, or a compiler looks on.
+        again = torch.is_grad_enabled() or torch.compiler.is_compiling()
         with contextlib.nullcontext() if again else torch._C._AutoDispatchBelowAutograd():
             gradients = _linear_gradients(ctx, dy, ctx.pattern)
         return (*gradients, None, None, None)
@@ -514,6 +524,7 @@ _CASES = (
     (70, 50, 46, 6, 4, 0.5),
     (34, 22, 18, 2, 2, 0.5),
     (18, 24, 1065, 8, 8, 0.1),
+    (18, 1100, 48, 16, 16, 0.1),
     (18, 1065, 24, 1, 1, 0.1),
     (70, 300, 90, 1, 1, None),
     (40, 200, 150, 8, 8, None),
