@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -404,10 +404,23 @@ def test_trace_of_a_layer_that_trains() -> None:
     torch.testing.assert_close(traced(x), sparse(x))
 
 
+def test_compiled_autograd() -> None:
+    weight = BlockSparse.from_dense(torch.randn(32, 48), 16)
+    values, x = weight.values.requires_grad_(), torch.randn(3, 48)
+    (want,) = torch.autograd.grad(block_sparse_linear(x, weight).sum(), values)
+    y = block_sparse_linear(x, weight).sum()
+    compiler = torch.compile(backend="aot_eager", fullgraph=True)
+    with torch._dynamo.compiled_autograd._enable(compiler):
+        y.backward()
+    torch.testing.assert_close(values.grad, want)
+
+
 def test_a_subclass_that_handles_the_op_may_use_autograd() -> None:
     class Scaled(torch.Tensor):
         @classmethod
-        def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        def __torch_function__(
+            cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             out = super().__torch_function__(func, types, args, kwargs or {})
             return out * scale if "block_sparse_linear" in str(func) else out
 
@@ -547,6 +560,11 @@ BAD_PRODUCTS = {
         (torch.ones(3, 6).to_sparse(), SPARSE),
         TypeError,
         "x to be strided, got torch.sparse_coo",
+    ),
+    "a bias of a sparse layout": (
+        (torch.ones(3, 6), SPARSE, torch.ones(4).to_sparse()),
+        TypeError,
+        "bias to be strided, got torch.sparse_coo",
     ),
     "no such activation": (
         (torch.ones(3, 6), SPARSE, None, "tanh"),

@@ -153,7 +153,7 @@ def block_sparse_linear(
 
     Raises:
         TypeError: ``weight`` is no BlockSparse, ``x`` or ``bias`` is no Tensor, dtypes differ or
-            are not supported, or ``x`` is not strided (a sparse layout).
+            are not supported, or a Tensor is not strided (a sparse layout).
         ValueError: shapes do not fit, devices differ, or ``activation`` is another word.
         NotImplementedError: an input has a forward-mode derivative. (torch.func.grad is refused by
             torch, with a RuntimeError.)
@@ -232,8 +232,6 @@ def _check_operands(
     x: Tensor, values: Tensor, bias: Tensor | None, out_features: int, in_features: int
 ) -> None:
     check_float("x", x)
-    if x.layout != torch.strided:
-        raise TypeError(f"expected x to be strided, got {x.layout}")
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(
             f"expected x of shape (..., {in_features}) for a weight of shape "
@@ -241,9 +239,11 @@ def _check_operands(
         )
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(f"expected bias of shape ({out_features},), got {tuple(bias.shape)}")
-    for name, t in (("weight.values", values), ("bias", bias)):
+    for name, t in (("x", x), ("weight.values", values), ("bias", bias)):
         if t is None:
             continue
+        if t.layout != torch.strided:
+            raise TypeError(f"expected {name} to be strided, got {t.layout}")
         if t.device != x.device:
             raise ValueError(f"expected {name} on {x.device}, as x, got {t.device}")
         if t.dtype != x.dtype:
