@@ -61,8 +61,9 @@ inline const T* fetch(const View& t, int64_t index, int64_t n, T* buffer) {
   }
 }
 
-// Asks for elements index..index + n of `t`, where they are one stretch of memory.
-inline void prefetch(const View& t, int64_t index, int64_t n) {
+// Asks for elements index..index + n of `t`, where they are one stretch of memory. Inlined: a
+// compiler takes a function that only prefetches for one without effect, and drops the call.
+__attribute__((always_inline)) inline void prefetch(const View& t, int64_t index, int64_t n) {
   if (!t.data || t.ndim != 1 || t.stride[0] != 1) return;
   const int64_t size = t.dtype == Dtype::Double ? 8 : t.dtype == Dtype::Float ? 4 : 2;
   const char* const data = static_cast<const char*>(t.data);
@@ -70,7 +71,8 @@ inline void prefetch(const View& t, int64_t index, int64_t n) {
     __builtin_prefetch(data + byte);
 }
 
-inline void prefetch(const ScoreInputs& in, int64_t index, int64_t n) {
+__attribute__((always_inline)) inline void prefetch(const ScoreInputs& in, int64_t index,
+                                                    int64_t n) {
   prefetch(in.weight, index, n);
   prefetch(in.grad, index, n);
   prefetch(in.state, index, n);
@@ -96,18 +98,18 @@ inline void score_run(const T* w, const T* g, T* state, const ScoreParams& param
   for (; i < n; ++i) step.template operator()<T>(i);
 }
 
-// Room for one run's inputs.
-template <typename T>
+// Room for the inputs of a run of N elements.
+template <typename T, int N = kRun>
 struct RunBuffers {
-  alignas(64) T weight[kRun];
-  alignas(64) T grad[kRun];
-  alignas(64) T state[kRun];
+  alignas(64) T weight[N];
+  alignas(64) T grad[N];
+  alignas(64) T state[N];
 };
 
-// Scores of elements index..index + n (n <= kRun) to `out`; Mode::Update writes the state as well
+// Scores of elements index..index + n (n <= N) to `out`; Mode::Update writes the state as well
 // (and with kWrite false nothing else).
-template <Mode M, bool kWrite = true, typename T>
-inline void evaluate(const ScoreInputs& in, int64_t index, int64_t n, RunBuffers<T>& buffers,
+template <Mode M, bool kWrite = true, typename T, int N>
+inline void evaluate(const ScoreInputs& in, int64_t index, int64_t n, RunBuffers<T, N>& buffers,
                      T* out) {
   const T* const w = fetch(in.weight, index, n, buffers.weight);
   const T* const g = fetch(in.grad, index, n, buffers.grad);

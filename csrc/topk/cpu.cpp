@@ -15,7 +15,16 @@
 namespace secateur::topk::SECATEUR_ISA {
 namespace {
 
-constexpr int kSampleRun = 32;  // neighbours sampled together: a page walk buys two cache lines
+// Neighbours sampled together: a cache line of float. More would be cheap, but neighbours in a row
+// of a real gradient are much alike, and a sample of twice the length misses one time in forty.
+constexpr int kSampleRun = 16;
+// Elements scored before they are classified: so few that the processor, which looks ahead over
+// both, asks for the next inputs while it classifies.
+constexpr int kSweepRun = 128;
+static_assert(kSweepRun % 64 == 0 && kSampleRun <= kSweepRun);
+template <typename T>
+using Buffers = RunBuffers<T, kSweepRun>;
+
 constexpr int64_t kMaxSample = int64_t{1} << 18;
 constexpr int64_t kMinCapacity = 49152;
 constexpr int64_t kElementsPerCapacity = 160;  // 6 bytes for 160 scores: 1 % of their size
@@ -25,24 +34,36 @@ constexpr K kLowest = std::numeric_limits<K>::min();
 template <typename K>
 constexpr K kHighest = std::numeric_limits<K>::max();
 
-// What makes keys of scores of type T.
+// What makes keys of scores of type T, and looks into an interval of them.
 template <typename T>
 struct KeyRule {
   using K = Int<T>;
-  K flip;   // all ones where smaller scores are better
-  K limit;  // |score| above this, as bits, is an error
+  K flip;       // all ones where smaller scores are better
+  K limit;      // |score| above this, as bits, is an error
+  K low, high;  // of the interval's orders, both included
 
   explicit KeyRule(const Search& s)
       : flip(s.largest ? 0 : -1),
-        limit(bits_as<K>(std::numeric_limits<T>::infinity()) - (s.finite ? 1 : 0)) {}
+        limit(bits_as<K>(std::numeric_limits<T>::infinity()) - (s.finite ? 1 : 0)),
+        low(static_cast<K>(s.largest ? s.low : ~s.high)),
+        high(static_cast<K>(s.largest ? s.high : ~s.low)) {
+    // -0.0 comes right before 0.0, but no key lies between them.
+    if (low == 0) low = -1;
+    if (high == -1) high = -2;
+  }
+
+  // The score's place among all bit patterns, smallest first.
+  template <typename V>
+  static Int<V> order(V score) {
+    const Int<V> bits = bits_as<Int<V>>(score);
+    const Int<V> negative = bits >> (sizeof(K) * 8 - 1);  // all ones
+    return bits ^ (negative & kHighest<K>);
+  }
 
   // Larger is better; -0.0 and 0.0 have the same key.
   template <typename V>
   Int<V> key(V score) const {
-    const Int<V> bits = bits_as<Int<V>>(score + V{});
-    const Int<V> negative = bits >> (sizeof(K) * 8 - 1);  // all ones
-    const Int<V> reverse = negative & kHighest<K>;
-    return bits ^ reverse ^ flip;
+    return order(score + V{}) ^ flip;
   }
 
   // An error if it is above the limit.
@@ -59,22 +80,23 @@ struct Classes {
 };
 
 template <typename T>
-inline Classes classify(const T* scores, const KeyRule<T>& rule, Int<T> low, Int<T> high) {
+inline Classes classify(const T* scores, const KeyRule<T>& rule) {
   constexpr int lanes = kLanes<T>;
   using V = Vec<T, lanes>;
   using I = Int<V>;
-  uint64_t above = 0, below = 0;
+  uint64_t larger = 0, smaller = 0;
   I largest{};
   for (int i = 0; i < 64; i += lanes) {
     V x;
     std::memcpy(&x, scores + i, sizeof(x));
-    const I key = rule.key(x);
-    above |= uint64_t{bits_greater<lanes, Int<T>>(key, I{} + high)} << i;
-    below |= uint64_t{bits_greater<lanes, Int<T>>(I{} + low, key)} << i;
+    const I order = rule.order(x);
+    larger |= uint64_t{bits_greater<lanes, Int<T>>(order, I{} + rule.high)} << i;
+    smaller |= uint64_t{bits_greater<lanes, Int<T>>(I{} + rule.low, order)} << i;
     const I magnitude = rule.magnitude(x);
     largest = magnitude > largest ? magnitude : largest;
   }
-  return {above, ~(above | below), bits_greater<lanes, Int<T>>(largest, I{} + rule.limit) != 0};
+  return {rule.flip ? smaller : larger, ~(larger | smaller),
+          bits_greater<lanes, Int<T>>(largest, I{} + rule.limit) != 0};
 }
 
 // The bytes of n bits, at most 64; to copy a size that the compiler knows is no call.
@@ -101,7 +123,7 @@ inline void for_bits(uint64_t bits, F&& f) {
 
 template <typename T>
 inline const T* scores_of(const Search& s, const Item& item, int64_t index, int64_t n,
-                          RunBuffers<T>& buffers, T* out) {
+                          Buffers<T>& buffers, T* out) {
   if (s.mode == Mode::State) {
     evaluate<Mode::State>(item.inputs, index, n, buffers, out);
     return out;
@@ -136,11 +158,10 @@ inline bool any_bad(const T* scores, const KeyRule<T>& rule, uint64_t alive) {
 // be read.
 template <typename T, typename F>
 inline void for_words(const Search& s, const Item& item, const KeyRule<T>& rule, int64_t first,
-                      int64_t n, RunBuffers<T>& buffers, F&& f) {
-  const Int<T> low = static_cast<Int<T>>(s.low), high = static_cast<Int<T>>(s.high);
-  alignas(64) T run[kRun];
-  for (int64_t begin = 0; begin < n; begin += kRun) {
-    const int64_t count = std::min<int64_t>(kRun, n - begin);
+                      int64_t n, Buffers<T>& buffers, F&& f) {
+  alignas(64) T run[kSweepRun];
+  for (int64_t begin = 0; begin < n; begin += kSweepRun) {
+    const int64_t count = std::min<int64_t>(kSweepRun, n - begin);
     const T* scores = scores_of(s, item, first + begin, count, buffers, run);
     for (int64_t i = 0; i < count; i += 64) {
       const int64_t left = count - i;
@@ -151,7 +172,7 @@ inline void for_words(const Search& s, const Item& item, const KeyRule<T>& rule,
         x = padded;
       }
       const uint64_t alive = mask_word(item.alive, first + begin + i, left);
-      Classes c = classify(x, rule, low, high);
+      Classes c = classify(x, rule);
       c.above &= alive;
       c.inside &= alive;
       c.bad = c.bad && any_bad(x, rule, alive);
@@ -162,6 +183,10 @@ inline void for_words(const Search& s, const Item& item, const KeyRule<T>& rule,
 
 inline void store_mask(const Item& item, int64_t index, int64_t left, uint64_t bits) {
   copy_word(item.mask + index / 8, &bits, left);
+}
+
+inline void set_bit(const Item& item, int64_t index, int bit) {
+  item.mask[index / 8] |= static_cast<uint8_t>(bit << index % 8);
 }
 
 inline void add_atomically(int64_t& counter, int64_t n) {
@@ -249,30 +274,36 @@ void run_sample(Search& s, int64_t begin, int64_t end) {
   const int64_t part = s.numel / s.n_tasks;
   const Item* item = s.items;
   const Item* const last = s.items + s.n_items - 1;
-  RunBuffers<T> buffers;
-  for (int64_t task = begin; task < end; task += ahead) {
-    const int64_t count = std::min<int64_t>(ahead, end - task);
-    Place places[ahead];
-    for (int64_t i = 0; i < count; ++i) {
-      // Anywhere in the part: a fixed stride could follow a row's length.
-      const int64_t element =
-          (task + i) * part + mix(static_cast<uint32_t>(task + i)) % static_cast<uint64_t>(part);
-      while (item < last && element >= item[1].first_element) ++item;
-      const int64_t first = (element - item->first_element) / kSampleRun * kSampleRun;
-      places[i] = {item, first, std::min<int64_t>(kSampleRun, item->numel - first)};
-      prefetch(item->inputs, first, places[i].n);
-    }
-    K keys[ahead * kSampleRun];
-    int64_t sampled = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      const Place& p = places[i];
+  Buffers<T> buffers;
+  Place places[ahead];
+  K keys[ahead * kSampleRun];
+  int64_t sampled = 0;
+  for (int64_t task = begin; task < end + ahead; ++task) {
+    Place& place = places[task % ahead];
+    if (task >= begin + ahead) {
       T run[kSampleRun];
-      const T* const scores = scores_of(s, *p.item, p.first, p.n, buffers, run);
-      for_bits(mask_word(p.item->alive, p.first, p.n),
-               [&](int j) { keys[sampled++] = rule.key(scores[j]); });
+      const T* const scores = scores_of(s, *place.item, place.first, place.n, buffers, run);
+      uint64_t alive = mask_word(place.item->alive, place.first, place.n);
+      if (alive == (uint64_t{1} << kSampleRun) - 1) {
+        for (int j = 0; j < kSampleRun; ++j) keys[sampled + j] = rule.key(scores[j]);
+        sampled += kSampleRun;
+      } else {
+        for_bits(alive, [&](int j) { keys[sampled++] = rule.key(scores[j]); });
+      }
+      if (sampled > (ahead - 1) * kSampleRun || task + 1 == end + ahead) {
+        const int64_t at = __atomic_fetch_add(&s.pooled, sampled, __ATOMIC_RELAXED);
+        std::copy_n(keys, sampled, static_cast<K*>(s.keys) + at);
+        sampled = 0;
+      }
     }
-    const int64_t at = __atomic_fetch_add(&s.pooled, sampled, __ATOMIC_RELAXED);
-    std::copy_n(keys, sampled, static_cast<K*>(s.keys) + at);
+    if (task >= end) continue;
+    // Anywhere in the part: a fixed stride could follow a row's length.
+    const int64_t element =
+        task * part + mix(static_cast<uint32_t>(task)) % static_cast<uint64_t>(part);
+    while (item < last && element >= item[1].first_element) ++item;
+    const int64_t first = (element - item->first_element) / kSampleRun * kSampleRun;
+    place = {item, first, std::min<int64_t>(kSampleRun, item->numel - first)};
+    prefetch(item->inputs, first, place.n);
   }
 }
 
@@ -280,7 +311,7 @@ template <typename T>
 void run_sweep(Search& s, int64_t begin, int64_t end) {
   using K = Int<T>;
   const KeyRule<T> rule(s);
-  RunBuffers<T> buffers;
+  Buffers<T> buffers;
   alignas(64) K keys[kChunk + 1];
   uint16_t offsets[kChunk + 1];
   const bool collect = s.low < s.high;
@@ -322,10 +353,33 @@ void run_sweep(Search& s, int64_t begin, int64_t end) {
   lower_atomically(s.bad_item, bad_item);
 }
 
+// Keeps the candidates above the k-th's key, low = high, and leaves only its ties as candidates.
+template <typename T>
+void run_choose(Search& s, int64_t begin, int64_t end) {
+  using K = Int<T>;
+  const K* const keys = static_cast<const K*>(s.keys);
+  const K threshold = static_cast<K>(s.low);
+  int64_t total_above = 0;
+  for_chunks(s, begin, end, [&](const Item& item, int64_t, int64_t chunk, int64_t first, int64_t) {
+    Candidates& c = s.candidates[chunk];
+    const int64_t last = c.begin + c.count;
+    c.count = 0;
+    for (int64_t i = c.begin; i < last; ++i) {
+      // No branch: nothing predicts which way a candidate falls.
+      const int above = keys[i] > threshold;
+      set_bit(item, first + s.offsets[i], above);
+      total_above += above;
+      s.offsets[c.begin + c.count] = s.offsets[i];
+      c.count += keys[i] == threshold;
+    }
+  });
+  add_atomically(s.above, total_above);
+}
+
 template <typename T>
 void run_histogram(Search& s, int64_t begin, int64_t end) {
   const KeyRule<T> rule(s);
-  RunBuffers<T> buffers;
+  Buffers<T> buffers;
   int64_t histogram[kBins] = {};
   int64_t bad_item = s.n_items;
   for_chunks(s, begin, end, [&](const Item& item, int64_t i, int64_t, int64_t first, int64_t n) {
@@ -353,7 +407,7 @@ void run_histogram(Search& s, int64_t begin, int64_t end) {
 template <typename T>
 void run_fill(Search& s, int64_t begin, int64_t end) {
   const KeyRule<T> rule(s);
-  RunBuffers<T> buffers;
+  Buffers<T> buffers;
   for_chunks(s, begin, end,
              [&](const Item& item, int64_t, int64_t chunk, int64_t first, int64_t n) {
                int64_t ties = chunk + 1 < s.n_tasks ? n : s.ties;
@@ -377,6 +431,8 @@ void run_typed(Search& s, int64_t begin, int64_t end) {
       return run_sweep<T>(s, begin, end);
     case Step::Histogram:
       return run_histogram<T>(s, begin, end);
+    case Step::Choose:
+      return run_choose<T>(s, begin, end);
     case Step::Fill:
       return run_fill<T>(s, begin, end);
     case Step::Done:
@@ -428,26 +484,24 @@ void after_sample(Search& s) {
   go_sweep(s, low, high);
 }
 
-// Sets the winners among the collected candidates.
+// The k-th is among the collected candidates: s.low = s.high = its key.
 template <typename T>
-void choose(Search& s) {
+void go_choose(Search& s) {
   using K = Int<T>;
-  const K* const keys = static_cast<const K*>(s.keys);
-  const int64_t rank = s.keep - s.above;
-  const K threshold = kth(keys, s.pooled, s.low, s.high, rank);
-  int64_t ties = rank;
-  if (threshold < kHighest<K>) ties -= count_from(keys, s.pooled, static_cast<K>(threshold + 1));
+  s.step = Step::Choose;
+  s.n_tasks = s.n_chunks;
+  s.low = s.high = kth(static_cast<const K*>(s.keys), s.pooled, s.low, s.high, s.keep - s.above);
+}
+
+// Keeps the first of the ties that run_choose() left, as many as are still to be kept.
+void after_choose(Search& s) {
+  s.step = Step::Done;
+  int64_t ties = s.keep - s.above;
   for_chunks(s, 0, s.n_chunks,
              [&](const Item& item, int64_t, int64_t chunk, int64_t first, int64_t) {
                const Candidates c = s.candidates[chunk];
-               for (int64_t i = c.begin; i < c.begin + c.count; ++i) {
-                 // No branch: nothing predicts which way a candidate falls.
-                 const int tie = keys[i] == threshold;
-                 const int kept = (keys[i] > threshold) | (tie & (ties > 0));
-                 ties -= tie;
-                 const int64_t index = first + s.offsets[i];
-                 item.mask[index / 8] |= static_cast<uint8_t>(kept << index % 8);
-               }
+               for (int64_t i = c.begin; i < c.begin + c.count && ties > 0; ++i, --ties)
+                 set_bit(item, first + s.offsets[i], 1);
              });
 }
 
@@ -472,7 +526,7 @@ void after_sweep(Search& s) {
     s.n_tasks = chunk + 1;
     return;
   }
-  if (s.inside <= s.capacity) return choose<T>(s);
+  if (s.inside <= s.capacity) return go_choose<T>(s);
   s.base = s.above;
   look_into(s, s.low, s.high, s.inside);
 }
@@ -510,6 +564,8 @@ void advance_typed(Search& s) {
       return after_sweep<T>(s);
     case Step::Histogram:
       return after_histogram(s);
+    case Step::Choose:
+      return after_choose(s);
     case Step::Fill:
     case Step::Done:
       s.step = Step::Done;

@@ -26,7 +26,7 @@ struct Candidates {
   int64_t count;
 };
 
-enum class Step : int32_t { Sample, Sweep, Histogram, Fill, Done };
+enum class Step : int32_t { Sample, Sweep, Histogram, Choose, Fill, Done };
 
 // Either the `keep` best elements are wanted, or (by_threshold) those no worse than `threshold`.
 struct Problem {
