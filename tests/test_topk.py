@@ -69,6 +69,33 @@ def test_negative_zero_equals_zero(dtype: torch.dtype, isa: str) -> None:
     assert ops.topk_mask([scores], 3)[0].tolist() == [True, True, False, False, False, True]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("largest", [True, False])
+def test_no_interval_parts_the_zeros(largest: bool, dtype: torch.dtype, isa: str) -> None:
+    tiny = torch.finfo(dtype).tiny
+    values = torch.tensor([-1.0, -tiny, -0.0, 0.0, tiny, 1.0], dtype=dtype)
+    scores = values[torch.randint(0, 6, (MEDIUM,), generator=torch.Generator().manual_seed(0))]
+    ordered = scores if largest else -scores
+    for keep in range(0, MEDIUM, MEDIUM // 30):
+        masks = ops.select([scores], formula="given", keep=keep, largest=largest)
+        assert_same(unpacked(masks, [scores]), by_sort([ordered], keep))
+    for threshold in values.tolist():
+        masks = ops.select([scores], formula="given", threshold=threshold, largest=largest)
+        want = scores >= threshold if largest else scores <= threshold
+        assert_same(unpacked(masks, [scores]), [want])
+
+
+def test_denormals_are_told_apart_where_they_are_flushed(isa: str) -> None:
+    bits = torch.randint(2**20, (MEDIUM,), dtype=torch.int32)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU does not flush denormals")
+    try:
+        masks = ops.topk_mask([bits.view(torch.float32)], 1000)
+    finally:
+        torch.set_flush_denormal(False)
+    assert_same(masks, by_sort([bits], 1000))
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_infinities_are_ordered(dtype: torch.dtype, isa: str) -> None:
     scores = torch.tensor([-INF, 1.0, INF, -3.0, INF, -INF], dtype=dtype)

@@ -60,10 +60,12 @@ struct KeyRule {
     return bits ^ (negative & kHighest<K>);
   }
 
-  // Larger is better; -0.0 and 0.0 have the same key.
+  // Larger is better; -0.0 and 0.0 have the same key. No arithmetic on the score: where the thread
+  // flushes denormals it would take some for zero that classify() does not.
   template <typename V>
   Int<V> key(V score) const {
-    return order(score + V{}) ^ flip;
+    const Int<V> place = order(score);
+    return (place == Int<V>{} - 1 ? Int<V>{} : place) ^ flip;
   }
 
   // An error if it is above the limit.
