@@ -9,14 +9,25 @@
 namespace secateur::score::SECATEUR_ISA {
 namespace {
 
-// A task of blocks(): `per_task` neighbouring blocks of one strip of rows, at most kRun columns
+// Columns of a strip of rows that are reduced at a time: what they are reduced to stays in L1, and
+// a row's part is long enough to be foreseen by the hardware. Fewer where blocks are high, so that
+// there are tasks enough for all threads.
+constexpr int kColumns = 4096;
+constexpr int kMinColumns = 512;
+constexpr int64_t kTaskElements = 1 << 18;
+// Elements scored before they are reduced: so few that the processor, which looks ahead over both,
+// asks for the next inputs while it reduces.
+constexpr int kBlockRun = 128;
+
+// A task of blocks(): `per_task` neighbouring blocks of one strip of rows, at most kColumns columns
 // unless one block is wider than that.
 struct Grid {
   int64_t block_cols, per_task, tasks_per_strip, strips;
 
   explicit Grid(const Args& a)
       : block_cols((a.n_cols + a.cols - 1) / a.cols),
-        per_task(std::max<int64_t>(1, kRun / a.cols)),
+        per_task(std::max<int64_t>(
+            1, std::clamp<int64_t>(kTaskElements / a.rows, kMinColumns, kColumns) / a.cols)),
         tasks_per_strip((block_cols + per_task - 1) / per_task),
         strips((a.n_rows + a.rows - 1) / a.rows) {}
 };
@@ -46,16 +57,23 @@ inline void combine_run(T* into, const T* from, int64_t n) {
 // column[c] = rows row..row_end of column col + c, reduced in row order.
 template <Mode M, Reduce R, typename T>
 void reduce_columns(const Args& a, int64_t row, int64_t row_end, int64_t col, int64_t n,
-                    RunBuffers<T>& buffers, T* run, T* column) {
+                    T* column) {
+  RunBuffers<T, kBlockRun> buffers;
+  alignas(64) T run[kBlockRun];
   std::fill_n(column, n, identity<T>(R));
-  // Rows that lie whole in this range are one stretch of elements: short ones go several at a time.
-  const int64_t step = n == a.n_cols ? kRun / n : 1;
+  const bool whole = n == a.n_cols;
+  // Whole rows are one stretch of elements: short ones go several at a time.
+  const int64_t step = whole ? std::max<int64_t>(1, kBlockRun / n) : 1;
   for (; row < row_end; row += step) {
-    const int64_t count = std::min(step, row_end - row);
-    // The next row is too far away for the hardware to foresee.
-    if (row + count < row_end) prefetch(a.inputs, (row + count) * a.n_cols + col, n);
-    evaluate<M>(a.inputs, row * a.n_cols + col, count * n, buffers, run);
-    for (int64_t r = 0; r < count; ++r) combine_run<R, true>(column, run + r * n, n);
+    const int64_t rows = std::min(step, row_end - row);
+    const int64_t first = row * a.n_cols + col;
+    for (int64_t c = 0; c < n; c += kBlockRun) {
+      const int64_t width = std::min<int64_t>(kBlockRun, n - c);
+      // The next row's part does not follow this one.
+      if (!whole && row + 1 < row_end) prefetch(a.inputs, first + a.n_cols + c, width);
+      evaluate<M>(a.inputs, first + c, rows * width, buffers, run);
+      for (int64_t r = 0; r < rows; ++r) combine_run<R, true>(column + c, run + r * width, width);
+    }
   }
 }
 
@@ -78,9 +96,7 @@ inline T halve(T* lanes) {
 template <Mode M, Reduce R, typename T>
 void run_blocks(const Args& a, int64_t begin, int64_t end) {
   const Grid grid(a);
-  RunBuffers<T> buffers;
-  alignas(64) T run[kRun];
-  alignas(64) T column[kRun];
+  alignas(64) T column[kColumns];
   for (int64_t task = begin; task < end; ++task) {
     const int64_t strip = task / grid.tasks_per_strip;
     const int64_t row = strip * a.rows;
@@ -90,18 +106,18 @@ void run_blocks(const Args& a, int64_t begin, int64_t end) {
     const int64_t col = block * a.cols;
     const int64_t col_end = std::min(block_end * a.cols, a.n_cols);
     T* const out = static_cast<T*>(a.out) + strip * grid.block_cols + block;
-    if (a.cols > kRun) {  // one wide block, run by run
+    if (a.cols > kColumns) {  // one wide block, piece by piece
       alignas(64) T lanes[kReduceLanes];
       std::fill_n(lanes, kReduceLanes, identity<T>(R));
-      for (int64_t c = col; c < col_end; c += kRun) {
-        const int64_t n = std::min<int64_t>(kRun, col_end - c);
-        reduce_columns<M, R>(a, row, row_end, c, n, buffers, run, column);
+      for (int64_t c = col; c < col_end; c += kColumns) {
+        const int64_t n = std::min<int64_t>(kColumns, col_end - c);
+        reduce_columns<M, R>(a, row, row_end, c, n, column);
         fold<R>(lanes, column, n);
       }
       *out = leave<R>(halve<R>(lanes), (row_end - row) * (col_end - col));
       continue;
     }
-    reduce_columns<M, R>(a, row, row_end, col, col_end - col, buffers, run, column);
+    reduce_columns<M, R>(a, row, row_end, col, col_end - col, column);
     for (int64_t b = 0; b < block_end - block; ++b) {
       const int64_t first = b * a.cols;
       const int64_t n = std::min(a.cols, col_end - col - first);
