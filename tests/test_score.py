@@ -142,7 +142,10 @@ def block_by_block(x: Tensor, rows: int, cols: int, reduce: str) -> Tensor:
         ((50, 70), (50, 1)),  # columns
         ((50, 70), (50, 70)),
         ((50, 70), (1000, 1000)),  # one block, larger than the matrix
-        ((3, 5000), (2, 3000)),  # wider than a run of columns
+        ((3, 5000), (2, 3000)),
+        ((3, 9001), (2, 4500)),  # wider than what is reduced at a time
+        ((3, 9001), (2, 32)),  # several tasks a strip
+        ((600, 1100), (600, 8)),  # high blocks: fewer columns a task
         ((5000, 3), (100, 2)),
         ((3, 2500), (3, 1)),
         ((5, 7), (1, 1)),
