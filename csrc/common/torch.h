@@ -9,6 +9,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -109,6 +110,23 @@ inline void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] in
   const uintptr_t begin = (data + page - 1) / page * page, end = (data + bytes) / page * page;
   if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
+}
+
+// Calls f(begin, end) for pieces of 0..n on torch's threads; a piece is some times `grain`, but for
+// the last. Threads take pieces as they get to them, so that one which wakes up late, or shares its
+// core, holds up no more than its piece.
+template <typename F>
+void for_pieces(int64_t n, int64_t grain, const F& f) {
+  constexpr int64_t pieces_per_thread = 16;
+  const int64_t grains = (n + grain - 1) / grain;
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), grains);
+  const int64_t pieces = threads * pieces_per_thread;
+  const int64_t piece = threads > 1 ? (grains + pieces - 1) / pieces * grain : n;
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t begin; (begin = next.fetch_add(piece, std::memory_order_relaxed)) < n;)
+      f(begin, std::min(n, begin + piece));
+  });
 }
 
 }  // namespace secateur

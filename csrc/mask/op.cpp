@@ -19,7 +19,7 @@ Tensor pack_cpu(const Tensor& mask) {
   Tensor bits = new_tensor(mask, {byte_count(numel)}, ScalarType::Byte);
   if (numel == 0) return bits;
   Pack* run = SECATEUR_FOR_ISA(pack);
-  torch::stable::parallel_for(0, byte_count(numel), kGrainBytes, [&](int64_t begin, int64_t end) {
+  for_pieces(byte_count(numel), kGrainBytes, [&](int64_t begin, int64_t end) {
     run(bytes(source), numel, mutable_bytes(bits), begin, end);
   });
   return bits;
@@ -32,7 +32,7 @@ Tensor unpack_cpu(const Tensor& bits, std::vector<int64_t> shape) {
   if (numel == 0) return mask;
   prefer_huge_pages(mask.mutable_data_ptr(), numel);
   Unpack* run = SECATEUR_FOR_ISA(unpack);
-  torch::stable::parallel_for(0, byte_count(numel), kGrainBytes, [&](int64_t begin, int64_t end) {
+  for_pieces(byte_count(numel), kGrainBytes, [&](int64_t begin, int64_t end) {
     run(bytes(bits), numel, mutable_bytes(mask), begin, end);
   });
   return mask;
@@ -53,7 +53,7 @@ Tensor apply_cpu(std::vector<Tensor> tensors, std::vector<Tensor> bits) {
   }
   if (first.back() == 0) return revived;
   Apply* run = SECATEUR_FOR_ISA(apply);
-  torch::stable::parallel_for(0, first.back(), kGrainBytes, [&](int64_t begin, int64_t end) {
+  for_pieces(first.back(), kGrainBytes, [&](int64_t begin, int64_t end) {
     size_t i = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
     for (; begin < end; begin = first[++i]) {
       const int64_t stop = std::min(end, first[i + 1]);
@@ -70,7 +70,7 @@ Tensor apply_cpu(std::vector<Tensor> tensors, std::vector<Tensor> bits) {
 bool apply_all(const View& tensor, int64_t numel, const uint8_t* bits) {
   Apply* run = SECATEUR_FOR_ISA(apply);
   std::atomic<bool> revived{false};
-  torch::stable::parallel_for(0, byte_count(numel), kGrainBytes, [&](int64_t begin, int64_t end) {
+  for_pieces(byte_count(numel), kGrainBytes, [&](int64_t begin, int64_t end) {
     if (run(tensor, numel, bits, begin, end)) revived.store(true, std::memory_order_relaxed);
   });
   return revived;

@@ -27,11 +27,10 @@ std::tuple<Tensor, Tensor> nm_mask_cpu(const Tensor& weight, std::optional<Tenso
   // Dispatch
   uint8_t* const flag = static_cast<uint8_t*>(bad.mutable_data_ptr());
   Run* kernel = SECATEUR_FOR_ISA(run);
-  torch::stable::parallel_for(
-      0, (args.numel + kUnit - 1) / kUnit, kGrainUnits, [&](int64_t begin, int64_t end) {
-        if (kernel(args, begin, end))
-          __atomic_store_n(flag, uint8_t{1}, __ATOMIC_RELAXED);  // threads may do it at once
-      });
+  for_pieces((args.numel + kUnit - 1) / kUnit, kGrainUnits, [&](int64_t begin, int64_t end) {
+    if (kernel(args, begin, end))
+      __atomic_store_n(flag, uint8_t{1}, __ATOMIC_RELAXED);  // threads may do it at once
+  });
   return {mask, bad};
 }
 

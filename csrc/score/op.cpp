@@ -28,7 +28,7 @@ void run(const Prepared& prepared) {
     per_task.push_back((numel + tasks - 1) / tasks);
     first.push_back(first.back() + tasks * per_task.back());
   }
-  torch::stable::parallel_for(0, first.back(), kGrainElements, [&](int64_t begin, int64_t end) {
+  for_pieces(first.back(), kGrainElements, [&](int64_t begin, int64_t end) {
     size_t i = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
     for (; begin < end; begin = first[++i]) {
       const auto task_from = [&](int64_t element) {
@@ -64,8 +64,8 @@ void observe_cpu(Tensor state, const Tensor& weight, std::optional<Tensor> grad,
   const Args args = update_args("observe_", state, weight, grad, formula, decay, gain, normalizer);
   if (weight.numel() == 0) return;
   Run* kernel = SECATEUR_FOR_ISA(observe);
-  torch::stable::parallel_for(0, weight.numel(), kGrainElements,
-                              [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  for_pieces(weight.numel(), kGrainElements,
+             [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
 }  // namespace

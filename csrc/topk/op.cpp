@@ -18,9 +18,8 @@ constexpr int64_t kGrainSamples = 512;
 
 void run_step(Search& search) {
   Run* const step = SECATEUR_FOR_ISA(run);
-  torch::stable::parallel_for(0, search.n_tasks,
-                              search.step == Step::Sample ? kGrainSamples : kGrainTasks,
-                              [&](int64_t begin, int64_t end) { step(search, begin, end); });
+  for_pieces(search.n_tasks, search.step == Step::Sample ? kGrainSamples : kGrainTasks,
+             [&](int64_t begin, int64_t end) { step(search, begin, end); });
 }
 
 // (index of the first weight with a bad score or -1, number of elements alive)
