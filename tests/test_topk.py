@@ -149,6 +149,7 @@ def adversarial(n: int, dtype: torch.dtype) -> dict[str, Tensor]:
         "sorted down": x.sort(descending=True).values,
         "denormal": steps * torch.finfo(dtype).smallest_normal * step,
         "rows of different scale": (x.view(-1, 1000).abs() * rows).flatten(),
+        "neighbours alike": x[: -(-n // 64)].repeat_interleave(64)[:n],  # misleads a sample
         "a spike": torch.where(torch.arange(n) // 5000 == 7, x.abs() + 10, x.abs().clamp(max=9)),
         "mostly infinite": torch.where(x > -1, torch.tensor(INF), x),
     }

@@ -474,14 +474,21 @@ void after_sample(Search& s) {
     const double n = static_cast<double>(s.pooled);
     const double alive = static_cast<double>(s.alive);
     const double share = static_cast<double>(s.keep) / alive;
-    // Four standard deviations of the sample's k-th, unless that would be more than there is room
-    // for.
-    const double room = 0.45 * static_cast<double>(s.capacity) * n / alive;
-    const int64_t margin =
-        static_cast<int64_t>(std::min(4 * __builtin_sqrt(n * share * (1 - share)), room)) + 1;
-    const int64_t rank = static_cast<int64_t>(n * share), slack = margin / 16;
-    if (rank + margin <= s.pooled) low = kth(keys, s.pooled, low, high, rank + margin, slack);
-    if (rank - margin >= 1) high = kth(keys, s.pooled, low, high, rank - margin, slack);
+    const double room = static_cast<double>(s.capacity) * n / alive;  // for sampled keys
+    const int64_t rank = std::max<int64_t>(1, static_cast<int64_t>(n * share));
+    // Four standard deviations of the sample's k-th on each side, unless that would be more than
+    // there is room for, as it also may where many share a key.
+    const double wanted = 4 * __builtin_sqrt(n * share * (1 - share));
+    for (int64_t margin = static_cast<int64_t>(std::min(wanted, 0.45 * room)) + 1;; margin /= 2) {
+      const int64_t slack = margin / 16;
+      low = kLowest<K>, high = kHighest<K>;
+      if (rank + margin <= s.pooled) low = kth(keys, s.pooled, low, high, rank + margin, slack);
+      if (rank - margin >= 1) high = kth(keys, s.pooled, low, high, rank - margin, slack);
+      if (low == high) break;
+      int64_t inside = count_from(keys, s.pooled, static_cast<K>(low));
+      if (high < kHighest<K>) inside -= count_from(keys, s.pooled, static_cast<K>(high + 1));
+      if (margin == 0 || static_cast<double>(inside) <= 0.97 * room) break;
+    }
   }
   go_sweep(s, low, high);
 }
