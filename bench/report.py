@@ -1,4 +1,4 @@
-"""Writes the tables of bench/README.md and the plot from bench/results/block_sparse.csv."""
+"""Writes the tables of bench/README.md and the plot from the CSV files of bench/results."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
+from bench import topk
 from bench.block_sparse import DENSITIES, PASSES, PATTERNS, ROWS, SHAPES, SPARSE
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "block_sparse.csv"
+RESULTS = HERE / "results"
 README = HERE / "README.md"
 BEGIN, END = "<!-- python -m bench.report: begin -->", "<!-- python -m bench.report: end -->"
 
@@ -42,10 +43,31 @@ TARGETS = {
 OF_BFLOAT16 = 0.85  # is asked of that, in blocks of 16 and up
 FEW = {"1": 0.8 / SPARSE, "8": 0.8 / SPARSE}  # forward, by rows
 
+# Beside the products: file, what it holds, its columns.
+OTHERS = {
+    "topk": (
+        "Selection among 16 M scores in 50 tensors",
+        ("scores", "keep", "ours ms", "GB/s", "of dot", *(f"x {peer}" for peer in topk.PEERS)),
+    ),
+    "scores": (
+        "Scores of a 4096 x 4096 weight",
+        ("score", "dtype", "ours ms", "GB/s", "x torch"),
+    ),
+    "nm": (
+        "N:M masks by |g*w|",
+        ("n:m", "dtype", "shape", "ours ms", "GB/s", "of dot", "x topk", "x ranks"),
+    ),
+}
+
 PEERS_OF = {
     "fwd": ("dense", "bsr", "scipy", "sparselab"),
     "fwd+bwd": ("dense", "masked", "sparselab"),
 }
+
+
+def read(name: str) -> list[Row]:
+    with (RESULTS / f"{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def where(rows: Sequence[Row], wanted: Row) -> list[Row]:
@@ -215,6 +237,31 @@ def tables(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts)
 
 
+def listed(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    """A Markdown table of some columns, one line a row; numbers with two decimals."""
+
+    def cell(row: Row, name: str) -> str:
+        value = row[name]
+        if name.startswith("x "):
+            return times(row, name.removeprefix("x "))
+        if name.endswith((" ms", "GB/s", "of dot")):
+            return f"{float(value):.2f}"
+        return value.replace("|", "\\|")
+
+    lines = [columns, ["---"] * len(columns), *([cell(r, c) for c in columns] for r in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def everything() -> str:
+    """What stands between the markers."""
+    parts = [tables(read("block_sparse"))]
+    for name, (title, columns) in OTHERS.items():
+        rows = read(name)
+        machine = ", ".join(f"{key} {rows[0][key]}" for key in ("cpu", "isa", "threads", "clock"))
+        parts += [f"### {title}", f"`python -m bench.{name}` on {machine}.", listed(rows, columns)]
+    return "\n\n".join(parts)
+
+
 def rewritten(text: str, new: str) -> str:
     """``text`` with ``new`` between the markers.
 
@@ -264,10 +311,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
-    with RESULTS.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    README.write_text(rewritten(README.read_text("utf-8"), tables(rows)), "utf-8")
-    plot(rows, RESULTS.with_suffix(".svg"))
+    README.write_text(rewritten(README.read_text("utf-8"), everything()), "utf-8")
+    plot(read("block_sparse"), RESULTS / "block_sparse.svg")
 
 
 if __name__ == "__main__":

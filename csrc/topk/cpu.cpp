@@ -16,7 +16,7 @@ namespace secateur::topk::SECATEUR_ISA {
 namespace {
 
 // Neighbours sampled together: a cache line of float. More would be cheap, but neighbours in a row
-// of a real gradient are much alike, and a sample of twice the length misses one time in forty.
+// of a real gradient are much alike, and the more of them, the less the sample knows.
 constexpr int kSampleRun = 16;
 // Elements scored before they are classified: so few that the processor, which looks ahead over
 // both, asks for the next inputs while it classifies.
