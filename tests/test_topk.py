@@ -85,15 +85,33 @@ def test_no_interval_parts_the_zeros(largest: bool, dtype: torch.dtype, isa: str
         assert_same(unpacked(masks, [scores]), [want])
 
 
-def test_denormals_are_told_apart_where_they_are_flushed(isa: str) -> None:
-    bits = (randn(MEDIUM).abs() * 1e5).int()  # of denormals
+def test_denormals_count_where_they_are_flushed(isa: str) -> None:
+    """By torch.set_flush_denormal, which reaches the threads that are made after it only."""
+    w = [(randn(LARGE, seed=1).abs() * 1e-19), randn(MEDIUM, seed=2) * 1e-19]
+    g = [torch.full_like(t, 1e-20) for t in w]
+    given = [(randn(MEDIUM).abs() * 1e5).int().view(torch.float32)]  # denormals
+
+    def results() -> list[Tensor]:
+        masks = [
+            *ops.select(w, g, formula="taylor", keep=LARGE // 3),
+            *ops.select(given, formula="given", threshold=5e-40),
+            ops.nm_mask(given[0], n=2, m=4, formula="given"),
+            ops.nm_mask(w[0], g[0], n=2, m=4, formula="taylor"),
+        ]
+        scores = (ops.score(a, b, formula="taylor") for a, b in zip(w, g, strict=True))
+        return [*masks, *ops.topk_mask(given, 1000), *scores]
+
+    torch.set_num_threads(2)
+    want = results()
     if not torch.set_flush_denormal(True):
         pytest.skip("this CPU does not flush denormals")
     try:
-        masks = ops.topk_mask([bits.view(torch.float32)], 1000)
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert_same(results(), want)
+        assert torch.tensor([1e-40]).mul(1.0).item() == 0.0  # still flushed
     finally:
         torch.set_flush_denormal(False)
-    assert_same(masks, by_sort([bits], 1000))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -396,6 +414,13 @@ def bad(**change: Any) -> Callable[[], list[Tensor]]:
 def test_bad_select(call: Callable[[], list[Tensor]], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         call()
+
+
+@pytest.mark.parametrize("keep", [-1, -5])
+def test_the_op_itself_refuses_a_negative_keep(keep: int) -> None:
+    one = torch.ones(100)
+    with pytest.raises(RuntimeError, match=f"keep to be at least 0, got {keep}"):
+        torch.ops.secateur.select([one], [], [], "given", [], keep, None, True, False, [1.0], [0])
 
 
 # histogram

@@ -17,6 +17,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
 
 #include "common/dtype.h"
 #include "common/view.h"
@@ -112,9 +115,40 @@ inline void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] in
 #endif
 }
 
-// Calls f(begin, end) for pieces of 0..n on torch's threads; a piece is some times `grain`, but for
-// the last. Threads take pieces as they get to them, so that one which wakes up late, or shares its
-// core, holds up no more than its piece.
+// While it lives, this thread takes denormals for what they are, whatever
+// torch.set_flush_denormal() said: that holds for some threads only, so that scores, and with them
+// counts, would depend on which thread they fell to.
+class DenormalsKept {
+ public:
+  DenormalsKept() : mode_(mode()) { set_mode(mode_ & ~kFlushes); }
+  ~DenormalsKept() { set_mode(mode_); }
+  DenormalsKept(const DenormalsKept&) = delete;
+  DenormalsKept& operator=(const DenormalsKept&) = delete;
+
+ private:
+#if defined(__x86_64__)
+  static constexpr uint64_t kFlushes = 0x8040;  // results and operands
+  static uint64_t mode() { return _mm_getcsr(); }
+  static void set_mode(uint64_t mode) { _mm_setcsr(static_cast<uint32_t>(mode)); }
+#elif defined(__aarch64__)
+  static constexpr uint64_t kFlushes = uint64_t{1} << 24 | uint64_t{1} << 19;  // FZ and FZ16
+  static uint64_t mode() {
+    uint64_t mode;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
+    return mode;
+  }
+  static void set_mode(uint64_t mode) { __asm__ volatile("msr fpcr, %0" ::"r"(mode)); }
+#else
+  static constexpr uint64_t kFlushes = 0;
+  static uint64_t mode() { return 0; }
+  static void set_mode(uint64_t) {}
+#endif
+  uint64_t mode_;
+};
+
+// Calls f(begin, end) for pieces of 0..n on torch's threads, which keep denormals; a piece is a
+// multiple of `grain`, but for the last. Threads take pieces as they get to them, so that one which
+// wakes up late, or shares its core, holds up no more than its piece.
 template <typename F>
 void for_pieces(int64_t n, int64_t grain, const F& f) {
   constexpr int64_t pieces_per_thread = 16;
@@ -124,6 +158,7 @@ void for_pieces(int64_t n, int64_t grain, const F& f) {
   const int64_t piece = threads > 1 ? (grains + pieces - 1) / pieces * grain : n;
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    const DenormalsKept denormals;
     for (int64_t begin; (begin = next.fetch_add(piece, std::memory_order_relaxed)) < n;)
       f(begin, std::min(n, begin + piece));
   });

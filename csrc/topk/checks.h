@@ -77,6 +77,8 @@ inline void set_goal(Problem& problem, std::optional<int64_t> keep,
                      std::optional<double> threshold) {
   STD_TORCH_CHECK(keep.has_value() != threshold.has_value(),
                   "select: expected either keep or threshold");
+  STD_TORCH_CHECK(keep.value_or(0) >= 0, "select: expected keep to be at least 0, got ",
+                  keep.value_or(0));
   problem.by_threshold = threshold.has_value();
   problem.threshold = threshold.value_or(0);
   problem.keep = keep.value_or(0);

@@ -27,7 +27,7 @@ using Buffers = RunBuffers<T, kSweepRun>;
 
 constexpr int64_t kMaxSample = int64_t{1} << 18;
 constexpr int64_t kMinCapacity = 49152;
-constexpr int64_t kElementsPerCapacity = 160;  // 6 bytes for 160 scores: 1 % of their size
+constexpr int64_t kElementsPerCapacity = 160;  // room for one in 160: 1 % of the scores' size
 
 template <typename K>
 constexpr K kLowest = std::numeric_limits<K>::min();
@@ -60,8 +60,7 @@ struct KeyRule {
     return bits ^ (negative & kHighest<K>);
   }
 
-  // Larger is better; -0.0 and 0.0 have the same key. No arithmetic on the score: where the thread
-  // flushes denormals it would take some for zero that classify() does not.
+  // Larger is better; -0.0 and 0.0 have the same key.
   template <typename V>
   Int<V> key(V score) const {
     const Int<V> place = order(score);
@@ -219,7 +218,7 @@ inline int64_t bin_of(int64_t key, int64_t low, int shift) {
 inline int64_t narrow(const int64_t* histogram, int shift, int64_t& low, int64_t& high,
                       int64_t& rank) {
   int64_t bin = kBins - 1;
-  for (; rank > histogram[bin]; --bin) rank -= histogram[bin];
+  for (; bin > 0 && rank > histogram[bin]; --bin) rank -= histogram[bin];
   const uint64_t first = static_cast<uint64_t>(low) + (static_cast<uint64_t>(bin) << shift);
   const uint64_t width = std::min((uint64_t{1} << shift) - 1, static_cast<uint64_t>(high) - first);
   low = static_cast<int64_t>(first);
@@ -476,10 +475,12 @@ void after_sample(Search& s) {
     const double share = static_cast<double>(s.keep) / alive;
     const double room = static_cast<double>(s.capacity) * n / alive;  // for sampled keys
     const int64_t rank = std::max<int64_t>(1, static_cast<int64_t>(n * share));
-    // Four standard deviations of the sample's k-th on each side, unless that would be more than
-    // there is room for, as it also may where many share a key.
+    // Four standard deviations of the sample's k-th on each side, if there is room for what lies
+    // between; many may share a key, so that is known only afterwards. Then fewer, and at last the
+    // k-th's own key, which needs no room.
     const double wanted = 4 * __builtin_sqrt(n * share * (1 - share));
-    for (int64_t margin = static_cast<int64_t>(std::min(wanted, 0.45 * room)) + 1;; margin /= 2) {
+    const int64_t widest = static_cast<int64_t>(std::min(wanted, 0.45 * room)) + 1;
+    for (int64_t margin = widest;; margin = margin > widest / 4 ? margin / 2 : 0) {
       const int64_t slack = margin / 16;
       low = kLowest<K>, high = kHighest<K>;
       if (rank + margin <= s.pooled) low = kth(keys, s.pooled, low, high, rank + margin, slack);

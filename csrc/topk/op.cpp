@@ -56,6 +56,7 @@ std::tuple<std::vector<Tensor>, Tensor> select_cpu(
   search->candidates = candidates.get();
   search->keys = keys.get();
   search->offsets = offsets.get();
+  const DenormalsKept denormals;
   SECATEUR_FOR_ISA(start)(*search);
   while (search->step != Step::Done) {
     run_step(*search);

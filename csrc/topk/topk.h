@@ -20,7 +20,8 @@ struct Item {
   int64_t first_element, first_chunk;  // how many the items before it have
 };
 
-// The candidates of one chunk: keys[begin..begin + count] and their offsets in the chunk.
+// The candidates of one chunk: keys[begin..begin + count] and their offsets in the chunk. Once the
+// winners are chosen, only the offsets of those that tie with the k-th.
 struct Candidates {
   int64_t begin;
   int64_t count;
