@@ -168,21 +168,12 @@ void launch(std::vector<Call> calls) {
       }
     }
   };
-  // A thread that has a half to itself meets the others only at the end. It always gets the same
-  // one, which its caches know, and after that any that nobody has begun: a thread may wake up
-  // late.
+  // A thread that has a half to itself meets the others only at the end.
   const bool alike = panels % halves == 0 || panels >= 8 * halves;
-  if (threads == halves && alike) {
-    std::atomic<bool> begun[kMaxHalves]{};
-    torch::stable::parallel_for(0, halves, 1, [&](int64_t own, int64_t) {
-      for (int64_t i = 0; i < halves; ++i) {
-        const int64_t half = (own + i) % halves;
-        if (!begun[half].exchange(true)) multiply(half, half + 1);
-      }
-    });
-  } else {
+  if (threads == halves && alike)
+    torch::stable::parallel_for(0, halves, 1, multiply);
+  else
     multiply(0, halves);
-  }
   for (const Halves& call : all) {
     if (halves == 1 && call[0].plan.sums_are_dw) continue;
     Args sum = call[0];
