@@ -388,6 +388,7 @@ def bad(**change: Any) -> Callable[[], list[Tensor]]:
         (bad(keep=None), ValueError, "one of keep and threshold, got keep=None"),
         (bad(threshold=1.0), ValueError, "one of keep and threshold, got keep=1"),
         (bad(keep=None, threshold=NAN), ValueError, "threshold to be a number, got nan"),
+        (bad(keep=None, threshold=10**400), ValueError, "threshold to fit a float64"),
         (bad(keep=9), ValueError, "between 0 and 8.*got 9"),
         (bad(keep=False), TypeError, "int, got False"),
         (bad(formula="taylor"), ValueError, "grads for formula 'taylor', got None"),

@@ -142,6 +142,10 @@ def select(
     if threshold is not None:
         if isinstance(threshold, bool) or not isinstance(threshold, Real):
             raise TypeError(f"expected threshold to be a number, got {threshold!r}")
+        try:
+            threshold = float(threshold)
+        except OverflowError as error:
+            raise ValueError("expected threshold to fit a float64, got a larger number") from error
         if math.isnan(threshold):
             raise ValueError(f"expected threshold to be a number, got {threshold}")
     if keep is not None:
@@ -152,7 +156,7 @@ def select(
         masks, info = torch.ops.secateur.select(
             **arguments,
             keep=keep,
-            threshold=None if threshold is None else float(threshold),
+            threshold=threshold,
             largest=largest,
             finite=True,
         )
