@@ -14,6 +14,9 @@ namespace {
 
 // Elements evaluated at a time: weight, gradient, state and score of a run stay in L1.
 constexpr int kRun = 1024;
+// The same where other work follows each run: so few that the processor, which looks ahead over
+// both, asks for the next inputs meanwhile.
+constexpr int kShortRun = 128;
 
 // Calls f(element offset, stride, first, count) for each stretch of elements index..index + n of
 // `t` along its last dimension; `first` counts from `index`.

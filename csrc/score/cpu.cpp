@@ -15,9 +15,6 @@ namespace {
 constexpr int kColumns = 4096;
 constexpr int kMinColumns = 512;
 constexpr int64_t kTaskElements = 1 << 18;
-// Elements scored before they are reduced: so few that the processor, which looks ahead over both,
-// asks for the next inputs while it reduces.
-constexpr int kBlockRun = 128;
 
 // A task of blocks(): `per_task` neighbouring blocks of one strip of rows, at most kColumns columns
 // unless one block is wider than that.
@@ -58,17 +55,17 @@ inline void combine_run(T* into, const T* from, int64_t n) {
 template <Mode M, Reduce R, typename T>
 void reduce_columns(const Args& a, int64_t row, int64_t row_end, int64_t col, int64_t n,
                     T* column) {
-  RunBuffers<T, kBlockRun> buffers;
-  alignas(64) T run[kBlockRun];
+  RunBuffers<T, kShortRun> buffers;
+  alignas(64) T run[kShortRun];
   std::fill_n(column, n, identity<T>(R));
   const bool whole = n == a.n_cols;
   // Whole rows are one stretch of elements: short ones go several at a time.
-  const int64_t step = whole ? std::max<int64_t>(1, kBlockRun / n) : 1;
+  const int64_t step = whole ? std::max<int64_t>(1, kShortRun / n) : 1;
   for (; row < row_end; row += step) {
     const int64_t rows = std::min(step, row_end - row);
     const int64_t first = row * a.n_cols + col;
-    for (int64_t c = 0; c < n; c += kBlockRun) {
-      const int64_t width = std::min<int64_t>(kBlockRun, n - c);
+    for (int64_t c = 0; c < n; c += kShortRun) {
+      const int64_t width = std::min<int64_t>(kShortRun, n - c);
       // The next row's part does not follow this one.
       if (!whole && row + 1 < row_end) prefetch(a.inputs, first + a.n_cols + c, width);
       evaluate<M>(a.inputs, first + c, rows * width, buffers, run);

@@ -18,12 +18,9 @@ namespace {
 // Neighbours sampled together: a cache line of float. More would be cheap, but neighbours in a row
 // of a real gradient are much alike, and the more of them, the less the sample knows.
 constexpr int kSampleRun = 16;
-// Elements scored before they are classified: so few that the processor, which looks ahead over
-// both, asks for the next inputs while it classifies.
-constexpr int kSweepRun = 128;
-static_assert(kSweepRun % 64 == 0 && kSampleRun <= kSweepRun);
+static_assert(kShortRun % 64 == 0 && kSampleRun <= kShortRun);
 template <typename T>
-using Buffers = RunBuffers<T, kSweepRun>;
+using Buffers = RunBuffers<T, kShortRun>;
 
 constexpr int64_t kMaxSample = int64_t{1} << 18;
 constexpr int64_t kMinCapacity = 49152;
@@ -160,9 +157,9 @@ inline bool any_bad(const T* scores, const KeyRule<T>& rule, uint64_t alive) {
 template <typename T, typename F>
 inline void for_words(const Search& s, const Item& item, const KeyRule<T>& rule, int64_t first,
                       int64_t n, Buffers<T>& buffers, F&& f) {
-  alignas(64) T run[kSweepRun];
-  for (int64_t begin = 0; begin < n; begin += kSweepRun) {
-    const int64_t count = std::min<int64_t>(kSweepRun, n - begin);
+  alignas(64) T run[kShortRun];
+  for (int64_t begin = 0; begin < n; begin += kShortRun) {
+    const int64_t count = std::min<int64_t>(kShortRun, n - begin);
     const T* scores = scores_of(s, item, first + begin, count, buffers, run);
     for (int64_t i = 0; i < count; i += 64) {
       const int64_t left = count - i;
