@@ -4,6 +4,10 @@ The time of a block-sparse product is close to a straight line over the density,
 on which blocks live. Over the batch and the sides of the weight it is no simple function: libraries
 switch algorithms, caches overflow, strides collide. So a layer is timed as it is, with random
 blocks at the densities next to the one asked for, and what lies between is interpolated.
+
+A machine changes its pace, by a third within a minute where neighbours come and go. So a dense
+product of a fixed size takes its turn in every timing, and the table keeps multiples of what that
+took meanwhile; seconds are those multiples of what it takes when they are asked for.
 """
 
 from __future__ import annotations
@@ -12,8 +16,10 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import platform
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -33,12 +39,14 @@ _Call = Callable[[], object]
 DIRECTIONS = ("forward", "dx", "dw")
 _BOTH = "dx+dw"  # of a block-sparse layer are one product
 
+_REFERENCE = (256, 1024, 1024)  # rows, out_features, in_features; float32
+_PACE_HOLDS = 5.0  # seconds
 # Densities that are timed; between two of them, a straight line.
 _DENSITIES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
 _MOST_ROWS = 2048  # of which each costs as much as any further one
 # Every call has a turn in each of _ROUNDS rounds, and in more until all have _SHORT seconds each;
 # in _FEWEST where all would have more than _LONG.
-_ROUNDS, _FEWEST, _SHORT, _LONG = 15, 5, 0.03, 1.0
+_ROUNDS, _FEWEST, _SHORT, _LONG = 15, 5, 0.05, 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +81,10 @@ def cost(
 
     On CPUs, with as many threads as torch uses now. A layer that is asked for the first time on
     this machine is timed, for as long as some tens of its calls take, and the times are kept in the
-    user's cache directory. ``bench/costs.py`` shows how far off predictions are.
+    user's cache directory, as multiples of one dense product. That one is timed again, for a tenth
+    of a second, where the machine's pace is not known from the last five: seconds are those of now,
+    while the speed-up of a layer that is known stays. ``bench/costs.py`` shows how far off
+    predictions are.
 
     Args:
         out_features, in_features: the weight's shape.
@@ -159,13 +170,32 @@ class CostTable:
 
     Attributes:
         path: the JSON file that keeps the timings.
-        timings: seconds by what was timed, such as
+        multiples: how many times as long as a dense product of 256 rows and a float32 weight of
+            1024x1024 it took, by what was timed, such as
             ``"forward, 512 rows, 4096x1024, float32, 32x32 at 0.1"`` or ``"..., dense"``.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.timings = _read(path) if path.exists() else {}
+        self.multiples = _read(path) if path.exists() else {}
+        self._pace = 0.0
+        self._paced = -math.inf  # when that was
+
+    @property
+    def pace(self) -> float:
+        """Seconds of that dense product, timed again where that is more than five seconds ago."""
+        if time.monotonic() - self._paced > _PACE_HOLDS:
+            self._set_pace(by_turns([_reference()])[0])
+        return self._pace
+
+    def _set_pace(self, times: Sequence[float]) -> None:
+        self._pace, self._paced = statistics.median(times), time.monotonic()
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """Seconds by what was timed, at the present pace."""
+        pace = self.pace
+        return {name: multiple * pace for name, multiple in self.multiples.items()}
 
     def predict(
         self, layer: _Layer, block: tuple[int, int], density: float, directions: Sequence[str]
@@ -179,13 +209,13 @@ class CostTable:
             high: (density - low) / (high - low),
         }  # fmt: skip
         self._time(timed, block, weights, directions)
-        dense = sum(self.timings[_name(timed, each)] for each in directions)
+        dense = sum(self.multiples[_name(timed, each)] for each in directions)
         sparse = sum(
-            share * self.timings[_name(timed, each, block, d)]
+            share * self.multiples[_name(timed, each, block, d)]
             for each in directions
             for d, share in weights.items()
         )
-        scale = layer.rows / timed.rows
+        scale = layer.rows / timed.rows * self.pace
         return Cost(dense * scale, sparse * scale)
 
     def _time(
@@ -200,19 +230,25 @@ class CostTable:
         missing: dict[str, _Call] = {}
         for density in densities:
             sparse = [_name(layer, each, block, density) for each in directions]
-            if all(name in self.timings for name in (*names, *sparse)):
+            if all(name in self.multiples for name in (*names, *sparse)):
                 continue
             calls = products(layer.rows, _weight(layer, block, density))
             for each, dense_name, sparse_name in zip(directions, names, sparse, strict=True):
                 missing.setdefault(dense_name, calls[each][0])
                 missing[sparse_name] = calls[each][1]
-        missing = {name: call for name, call in missing.items() if name not in self.timings}
+        missing = {name: call for name, call in missing.items() if name not in self.multiples}
         if missing:
             _check_writable(self.path)  # before what was measured is lost
-            found = dict(zip(missing, by_turns(list(missing.values())), strict=True))
+            reference, *times = by_turns([_reference(), *missing.values()])
+            found = {
+                name: statistics.median(t / r for t, r in zip(each, reference, strict=True))
+                for name, each in zip(missing, times, strict=True)
+            }
             # Another process may have added to it meanwhile.
-            self.timings = (_read(self.path) if self.path.exists() else {}) | self.timings | found
-            _write(self.path, self.timings)
+            kept = _read(self.path) if self.path.exists() else {}
+            self.multiples = kept | self.multiples | found
+            _write(self.path, self.multiples)
+            self._set_pace(reference)
 
     def __repr__(self) -> str:
         """Where it is kept, and all timings."""
@@ -268,8 +304,14 @@ def products(rows: int, weight: BlockSparse) -> dict[str, tuple[_Call, _Call]]:
     }
 
 
-def by_turns(calls: Sequence[_Call]) -> list[float]:
-    """Seconds of each call: the lower decile, since neighbours on a machine only add.
+def _reference() -> _Call:
+    rows, n, k = _REFERENCE
+    x, weight = torch.ones(rows, k), torch.ones(n, k)
+    return lambda: x @ weight.t()
+
+
+def by_turns(calls: Sequence[_Call]) -> list[list[float]]:
+    """Seconds of each call, round by round.
 
     The calls take turns, so that a slow second of the machine is no single call's. In its turn a
     call is made twice and the second is timed: the first finds in the caches what the other calls
@@ -290,7 +332,7 @@ def by_turns(calls: Sequence[_Call]) -> list[float]:
                 spent += record[-1]
             rounds += 1
             bar.update()
-    return [sorted(record)[len(record) // 10] for record in times]
+    return times
 
 
 def _machine() -> str:
@@ -307,7 +349,7 @@ def _binary() -> str:
 
 
 def _key() -> str:
-    what = f"{_binary()} {_machine()} {_ROUNDS} {_SHORT}"
+    what = f"{_binary()} {_machine()} {_REFERENCE} {_ROUNDS} {_SHORT}"
     return hashlib.sha256(what.encode()).hexdigest()[:16]
 
 
@@ -334,15 +376,15 @@ def _cache_directory() -> Path:
 
 def _read(path: Path) -> dict[str, float]:
     try:
-        timings: dict[str, float] = json.loads(path.read_bytes())["timings"]
-        if not all(isinstance(s, float) and s > 0 for s in timings.values()):
+        multiples: dict[str, float] = json.loads(path.read_bytes())["multiples"]
+        if not all(isinstance(m, float) and m > 0 for m in multiples.values()):
             raise ValueError("timings that are no positive numbers")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"expected the timings of secateur.cost in {path}, got {error}: "
             "secateur.cost_table(rebuild=True) measures again"
         ) from error
-    return timings
+    return multiples
 
 
 def _check_writable(path: Path) -> None:
@@ -362,10 +404,8 @@ def _temporary(path: Path) -> Path:
     return path.with_suffix(f".{os.getpid()}.tmp")
 
 
-def _write(path: Path, timings: dict[str, float]) -> None:
+def _write(path: Path, multiples: dict[str, float]) -> None:
     temporary = _temporary(path)
-    temporary.write_text(
-        json.dumps({"machine": _machine(), "timings": timings}, indent=1),
-        encoding="utf-8",
-    )
+    content = {"machine": _machine(), "multiples": multiples}
+    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
     os.replace(temporary, path)
