@@ -14,6 +14,7 @@ import secateur
 from secateur import BlockSparse, costs
 
 LAYER = {"block": 32, "density": 0.1}
+REFERENCE = "forward: 256 1024 1024 1.0"
 
 
 def made_up(m: int, n: int, k: int, density: float, speed: float) -> float:
@@ -21,14 +22,28 @@ def made_up(m: int, n: int, k: int, density: float, speed: float) -> float:
     return 2e-6 + m * n * k * density / speed + m * (n + k) / 4e9
 
 
+class Machine:
+    """Its clock, and how many times as long as usual everything takes."""
+
+    now, slowness = 0.0, 1.0
+
+
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    found = Machine()
+    monkeypatch.setattr(costs.time, "monotonic", lambda: found.now)
+    return found
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, machine: Machine) -> list[str]:
     """What was measured, by name; dense products run at half the speed of sparse ones."""
     names: list[str] = []
 
-    def by_turns(calls: list[str]) -> list[float]:
-        names.extend(calls)
-        return [seconds_of(name) for name in calls]
+    def by_turns(calls: list[str]) -> list[list[float]]:
+        names.extend(name for name in calls if name != REFERENCE)
+        # One round in three is a slow one.
+        return [[seconds_of(name) * machine.slowness * s for s in (1, 3, 1)] for name in calls]
 
     def products(rows: int, weight: BlockSparse) -> dict[str, tuple[str, str]]:
         n, k = weight.shape
@@ -48,6 +63,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(costs, "by_turns", by_turns)
+    monkeypatch.setattr(costs, "reference", lambda: REFERENCE)
     monkeypatch.setattr(costs, "products", products)
     monkeypatch.setattr(costs, "_tables", {})
     return names
@@ -60,6 +76,29 @@ def test_densities_in_between_are_predicted(measured: list[str], rows: int, dens
     assert found.dense == pytest.approx(made_up(rows, 1600, 640, 1.0, 5e10), rel=1e-6)
     assert found.sparse == pytest.approx(made_up(rows, 1600, 640, density, 1e11), rel=1e-3)
     assert found.speedup == found.dense / found.sparse
+
+
+def test_seconds_follow_the_pace_of_the_machine(measured: list[str], machine: Machine) -> None:
+    def found() -> secateur.Cost:
+        return secateur.cost(1600, 640, 64, block=32, density=0.1, direction="dx")
+
+    usual = found()
+    machine.slowness = 1.5
+    assert found() == usual  # the pace is known, and was just timed
+    machine.now += 6
+    slow = found()
+    assert slow.dense == pytest.approx(1.5 * usual.dense)
+    assert slow.speedup == pytest.approx(usual.speedup)
+    assert len(measured) == 2  # besides the pace, nothing anew
+
+    # What is timed while the machine is slow is the same multiple of the pace.
+    again = secateur.cost(1600, 640, 64, block=32, density=0.2, direction="dx")
+    machine.slowness = 1.0
+    machine.now += 6
+    assert found() == pytest.approx(usual)
+    fast = secateur.cost(1600, 640, 64, block=32, density=0.2, direction="dx")
+    assert again.sparse == pytest.approx(1.5 * fast.sparse)
+    assert fast.sparse == pytest.approx(made_up(64, 1600, 640, 0.2, 1e11), rel=1e-6)
 
 
 def test_many_rows_cost_as_many_times_as_much(measured: list[str]) -> None:
@@ -101,11 +140,11 @@ def test_what_another_process_measured_meanwhile_is_kept(measured: list[str]) ->
     secateur.cost(64, 64, 8, **LAYER)
     table, path = secateur.cost_table(), secateur.cost_table().path
     kept = json.loads(path.read_text())
-    kept["timings"]["forward, of another process"] = 1.0
+    kept["multiples"]["forward, of another process"] = 1.0
     path.write_text(json.dumps(kept))
     secateur.cost(64, 64, 9, **LAYER)
-    assert table.timings["forward, of another process"] == 1.0
-    assert json.loads(path.read_text())["timings"] == table.timings
+    assert table.multiples["forward, of another process"] == 1.0
+    assert json.loads(path.read_text())["multiples"] == table.multiples
 
 
 def test_another_number_of_threads_has_a_table_of_its_own(measured: list[str]) -> None:
@@ -124,7 +163,7 @@ def test_a_table_is_rebuilt_and_inspected(measured: list[str]) -> None:
     secateur.cost(512, 512, 64, **LAYER, direction="dw")
     path = secateur.cost_table().path
     kept = json.loads(path.read_text())
-    assert set(kept["timings"]) == {
+    assert set(kept["multiples"]) == {
         "dw, 64 rows, 512x512, float32, dense",
         "dw, 64 rows, 512x512, float32, 32x32 at 0.1",
     }
@@ -132,6 +171,7 @@ def test_a_table_is_rebuilt_and_inspected(measured: list[str]) -> None:
     shown = repr(secateur.cost_table())
     assert str(path) in shown
     assert re.search(r"\d ms  dw, 64 rows, 512x512, float32, 32x32 at 0.1", shown)
+    assert set(secateur.cost_table().timings) == set(kept["multiples"])
     assert secateur.cost_table(rebuild=True).timings == {}
     assert not path.exists()
     secateur.cost(512, 512, 64, **LAYER, direction="dw")
@@ -150,7 +190,7 @@ def test_a_cache_that_cannot_be_written_is_refused_before_measuring(
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{}", '{"timings": {"dense": "fast"}}', '{"timings": {"dense": -1.0}}'],
+    ["", "{}", '{"multiples": {"dense": "fast"}}', '{"multiples": {"dense": -1.0}}'],
 )
 def test_a_damaged_table_is_refused(measured: list[str], content: str) -> None:
     secateur.cost(512, 512, 64, **LAYER)
@@ -210,11 +250,14 @@ def test_calls_take_turns_and_slow_ones_fewer(monkeypatch: pytest.MonkeyPatch) -
         return run
 
     monkeypatch.setattr(costs.time, "perf_counter", lambda: now)
-    assert costs.by_turns([call("a", 0.01), call("b", 0.02)]) == pytest.approx([0.01, 0.02])
+    times = costs.by_turns([call("a", 0.01), call("b", 0.02)])
+    assert times == [pytest.approx([s] * costs._ROUNDS) for s in (0.01, 0.02)]
     assert order == ["a", "a", "b", "b"] * costs._ROUNDS
     order.clear()
-    costs.by_turns([call("slow", 2.0)])
+    (slow,) = costs.by_turns([call("slow", 2.0)])
+    assert len(slow) == costs._FEWEST
     assert len(order) == 2 * costs._FEWEST
     order.clear()
-    costs.by_turns([call("fast", 1e-4)])
-    assert len(order) == pytest.approx(2 * costs._SHORT / 1e-4, abs=2)
+    (fast,) = costs.by_turns([call("fast", 1e-4)])
+    assert len(fast) == pytest.approx(costs._SHORT / 1e-4, abs=1)
+    assert len(order) == pytest.approx(len(fast) * (costs._WARM / 1e-4 + 1), rel=0.1)  # caches

@@ -47,6 +47,7 @@ _MOST_ROWS = 2048  # of which each costs as much as any further one
 # Every call has a turn in each of _ROUNDS rounds, and in more until all have _SHORT seconds each;
 # in _FEWEST where all would have more than _LONG.
 _ROUNDS, _FEWEST, _SHORT, _LONG = 15, 5, 0.05, 1.0
+_WARM = 1e-3  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +186,7 @@ class CostTable:
     def pace(self) -> float:
         """Seconds of that dense product, timed again where that is more than five seconds ago."""
         if time.monotonic() - self._paced > _PACE_HOLDS:
-            self._set_pace(by_turns([_reference()])[0])
+            self._set_pace(by_turns([reference()])[0])
         return self._pace
 
     def _set_pace(self, times: Sequence[float]) -> None:
@@ -239,16 +240,16 @@ class CostTable:
         missing = {name: call for name, call in missing.items() if name not in self.multiples}
         if missing:
             _check_writable(self.path)  # before what was measured is lost
-            reference, *times = by_turns([_reference(), *missing.values()])
+            pace, *times = by_turns([reference(), *missing.values()])
             found = {
-                name: statistics.median(t / r for t, r in zip(each, reference, strict=True))
+                name: statistics.median(t / p for t, p in zip(each, pace, strict=True))
                 for name, each in zip(missing, times, strict=True)
             }
             # Another process may have added to it meanwhile.
             kept = _read(self.path) if self.path.exists() else {}
             self.multiples = kept | self.multiples | found
             _write(self.path, self.multiples)
-            self._set_pace(reference)
+            self._set_pace(pace)
 
     def __repr__(self) -> str:
         """Where it is kept, and all timings."""
@@ -304,7 +305,8 @@ def products(rows: int, weight: BlockSparse) -> dict[str, tuple[_Call, _Call]]:
     }
 
 
-def _reference() -> _Call:
+def reference() -> _Call:
+    """The dense product whose multiples are kept."""
     rows, n, k = _REFERENCE
     x, weight = torch.ones(rows, k), torch.ones(n, k)
     return lambda: x @ weight.t()
@@ -314,8 +316,8 @@ def by_turns(calls: Sequence[_Call]) -> list[list[float]]:
     """Seconds of each call, round by round.
 
     The calls take turns, so that a slow second of the machine is no single call's. In its turn a
-    call is made twice and the second is timed: the first finds in the caches what the other calls
-    left there, and which those are differs from one timing of it to the next.
+    call is made for a millisecond, at least once, and then timed: at first it finds in the caches
+    what the other calls left there, and which those are differs from one timing of it to the next.
     """
     times: list[list[float]] = [[] for _ in calls]
     rounds, spent = 0, 0.0
@@ -325,7 +327,10 @@ def by_turns(calls: Sequence[_Call]) -> list[list[float]]:
             spent < _LONG * len(calls) and (rounds < _ROUNDS or spent < _SHORT * len(calls))
         ):
             for call, record in zip(calls, times, strict=True):
+                begin = time.perf_counter()
                 call()
+                while time.perf_counter() - begin < _WARM:
+                    call()
                 start = time.perf_counter()
                 call()
                 record.append(time.perf_counter() - start)
@@ -349,7 +354,7 @@ def _binary() -> str:
 
 
 def _key() -> str:
-    what = f"{_binary()} {_machine()} {_REFERENCE} {_ROUNDS} {_SHORT}"
+    what = f"{_binary()} {_machine()} {_REFERENCE} {_ROUNDS} {_SHORT} {_WARM}"
     return hashlib.sha256(what.encode()).hexdigest()[:16]
 
 
