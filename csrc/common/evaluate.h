@@ -17,6 +17,9 @@ constexpr int kRun = 1024;
 // The same where other work follows each run: so few that the processor, which looks ahead over
 // both, asks for the next inputs meanwhile.
 constexpr int kShortRun = 128;
+// Elements from what is evaluated to what memory is asked for meanwhile. Some processors foresee no
+// more than the rest of a page of 4 KiB.
+constexpr int64_t kAhead = 2048;
 
 // Calls f(element offset, stride, first, count) for each stretch of elements index..index + n of
 // `t` along its last dimension; `first` counts from `index`.
@@ -79,6 +82,12 @@ __attribute__((always_inline)) inline void prefetch(const ScoreInputs& in, int64
   prefetch(in.weight, index, n);
   prefetch(in.grad, index, n);
   prefetch(in.state, index, n);
+}
+
+// For a pass in the order of memory that is at elements index..index + n.
+__attribute__((always_inline)) inline void prefetch_ahead(const ScoreInputs& in, int64_t index,
+                                                          int64_t n) {
+  prefetch(in, index + kAhead, n);
 }
 
 template <Formula F, Mode M, bool kWrite, typename T>

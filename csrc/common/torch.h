@@ -115,6 +115,18 @@ inline void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] in
 #endif
 }
 
+// The same for what this thread is about to write, where it is too small for huge pages: all pages
+// at once, in place of an interrupt for each. Does nothing for pages that are there, or where Linux
+// is older than 5.14.
+inline void populate([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_POPULATE_WRITE)
+  constexpr uintptr_t page = 4 << 10;
+  const auto data = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t begin = (data + page - 1) / page * page, end = (data + bytes) / page * page;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_POPULATE_WRITE);
+#endif
+}
+
 // While it lives, this thread takes denormals for what they are, whatever
 // torch.set_flush_denormal() said: that holds for some threads only, so that scores, and with them
 // counts, would depend on which thread they fell to.

@@ -33,6 +33,7 @@ Tensor unpack_cpu(const Tensor& bits, std::vector<int64_t> shape) {
   prefer_huge_pages(mask.mutable_data_ptr(), numel);
   Unpack* run = SECATEUR_FOR_ISA(unpack);
   for_pieces(byte_count(numel), kGrainBytes, [&](int64_t begin, int64_t end) {
+    populate(mutable_bytes(mask) + 8 * begin, std::min(8 * end, numel) - 8 * begin);
     run(bytes(bits), numel, mutable_bytes(mask), begin, end);
   });
   return mask;

@@ -127,6 +127,7 @@ inline uint64_t lowest_bits(int64_t n) { return n < 64 ? (uint64_t{1} << n) - 1 
 template <typename T>
 inline bool keys_of(const Args& a, int64_t index, int64_t n, RunBuffers<T>& buffers, Int<T>* keys) {
   alignas(64) T scores[kRun];
+  prefetch_ahead(a.inputs, index, n);
   if (a.mode == Mode::State)
     evaluate<Mode::State>(a.inputs, index, n, buffers, scores);
   else

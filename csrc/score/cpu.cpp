@@ -67,7 +67,10 @@ void reduce_columns(const Args& a, int64_t row, int64_t row_end, int64_t col, in
     for (int64_t c = 0; c < n; c += kShortRun) {
       const int64_t width = std::min<int64_t>(kShortRun, n - c);
       // The next row's part does not follow this one.
-      if (!whole && row + 1 < row_end) prefetch(a.inputs, first + a.n_cols + c, width);
+      if (whole)
+        prefetch_ahead(a.inputs, first + c, rows * width);
+      else if (row + 1 < row_end)
+        prefetch(a.inputs, first + a.n_cols + c, width);
       evaluate<M>(a.inputs, first + c, rows * width, buffers, run);
       for (int64_t r = 0; r < rows; ++r) combine_run<R, true>(column + c, run + r * width, width);
     }

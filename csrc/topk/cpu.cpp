@@ -160,6 +160,7 @@ inline void for_words(const Search& s, const Item& item, const KeyRule<T>& rule,
   alignas(64) T run[kShortRun];
   for (int64_t begin = 0; begin < n; begin += kShortRun) {
     const int64_t count = std::min<int64_t>(kShortRun, n - begin);
+    prefetch_ahead(item.inputs, first + begin, count);
     const T* scores = scores_of(s, item, first + begin, count, buffers, run);
     for (int64_t i = 0; i < count; i += 64) {
       const int64_t left = count - i;
