@@ -308,7 +308,7 @@ def products(rows: int, weight: BlockSparse) -> dict[str, tuple[_Call, _Call]]:
 def reference() -> _Call:
     """The dense product whose multiples are kept."""
     rows, n, k = _REFERENCE
-    x, weight = torch.ones(rows, k), torch.ones(n, k)
+    x, weight = (torch.ones(size, k, dtype=torch.float32) for size in (rows, n))
     return lambda: x @ weight.t()
 
 
