@@ -3,10 +3,9 @@
 First the table is made, which times each at the densities next to its own; then each is predicted,
 and measured at its own density, with other blocks alive, which the table has never seen. Times are
 medians of calls by turns. Where a prediction is off by more than 15 %, its line stays in the table.
-``at its pace`` compares both as multiples of the dense product that ``cost`` takes for the
-machine's pace, each of its own moment: what neighbours who came or went in between leave of the
-error. ``speed-up error`` is that of dense over sparse, which layers are chosen by. ``--quick``
-takes about six minutes.
+``at its pace`` is the error that is left where prediction and measurement are each divided by the
+time, then, of the dense product that ``cost`` takes for the machine's pace. ``speed-up error`` is
+that of dense over sparse, which layers are chosen by. ``--quick`` takes about five minutes.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ on which blocks live. Over the batch and the sides of the weight it is no simple
 switch algorithms, caches overflow, strides collide. So a layer is timed as it is, with random
 blocks at the densities next to the one asked for, and what lies between is interpolated.
 
-A machine changes its pace, by a third within a minute where neighbours come and go. So a dense
+A machine changes its pace, at times by half within seconds where neighbours come and go. So a dense
 product of a fixed size takes its turn in every timing, and the table keeps multiples of what that
 took meanwhile; seconds are those multiples of what it takes when they are asked for.
 """
