@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc cmake python -type f ! -name '*.pyc') CMakeLists.txt pyproject.toml README.md
 
 # What is known of the CUDA kernels without a GPU; slow_cuda marks what takes long.
-CUDA_TESTS = $(wildcard tests/test_cuda_*.py) tests/test_roofline.py
+CUDA_TESTS = -k "cuda or roofline" tests/test_ops.py $(wildcard tests/test_cuda_*.py) tests/test_roofline.py
 
 .PHONY: help demo test mnist bench cuda cuda-fast cuda-load cuda-resources lint format clean
 help:  ## show this list

@@ -11,6 +11,8 @@ from cuda_emulator.ops import EmulatedOps, emulated_ops
 
 from secateur import _C
 
+SLOW = pytest.mark.slow_cuda
+
 
 @pytest.fixture
 def restore() -> Iterator[None]:
@@ -27,19 +29,6 @@ def isa(request: pytest.FixtureRequest, restore: None) -> str:
     name: str = request.param
     _C.set_isa(name)
     return name
-
-
-# Where kernels run: the instruction sets of this machine, and its GPU.
-PLACES = [*_C.supported_isas(), *(["CUDA"] if torch.cuda.is_available() else [])]
-
-
-@pytest.fixture(params=PLACES)
-def place(request: pytest.FixtureRequest, restore: None) -> torch.device:
-    """The device of every place in turn, its instruction set chosen."""
-    if request.param == "CUDA":
-        return torch.device("cuda")
-    _C.set_isa(request.param)
-    return torch.device("cpu")
 
 
 def _settled(ops: EmulatedOps) -> Iterator[EmulatedOps]:
@@ -62,15 +51,18 @@ def checked() -> Iterator[EmulatedOps]:
     yield from _settled(emulated_ops(Flavour.CHECKED))
 
 
-SLOW = pytest.mark.slow_cuda
+@pytest.fixture
+def ptx() -> Iterator[EmulatedOps]:
+    """The same of nvcc's PTX, every access checked."""
+    if nvcc() is None:
+        pytest.skip("needs nvcc, which makes the PTX")
+    yield from _settled(emulated_ops(Flavour.PTX))
 
 
 @pytest.fixture(
-    params=["PLAIN", pytest.param("CHECKED", marks=SLOW), pytest.param("PTX", marks=SLOW)]
+    params=["plain", pytest.param("checked", marks=SLOW), pytest.param("ptx", marks=SLOW)]
 )
-def emulated(request: pytest.FixtureRequest) -> Iterator[EmulatedOps]:
+def emulated(request: pytest.FixtureRequest) -> EmulatedOps:
     """The ops that have a CUDA kernel, run by every flavour of the emulator in turn."""
-    flavour = Flavour[request.param]
-    if flavour == Flavour.PTX and nvcc() is None:
-        pytest.skip("needs nvcc, which makes the PTX")
-    yield from _settled(emulated_ops(flavour))
+    ops: EmulatedOps = request.getfixturevalue(request.param)
+    return ops

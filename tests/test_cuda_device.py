@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_emulator.ops import SPECS
 from test_ops import check_close, to_cpu
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
@@ -25,7 +24,7 @@ DEVICE = torch.device("cuda")
 SLEEP = 100_000_000  # GPU cycles: longer than any launch takes to be queued
 SAMPLES_EACH = 24  # of an op; the first of some are empty
 
-each_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+each_spec = pytest.mark.parametrize("spec", ops.SPECS, ids=lambda spec: spec.name)
 
 
 def each_case_of(specs: Iterable[OpSpec]) -> pytest.MarkDecorator:
@@ -67,7 +66,7 @@ def turned(values: Any) -> Any:
 
 
 # Matrix products, the ops that are differentiable, add up in another order.
-@each_case_of(spec for spec in SPECS if not spec.differentiable)
+@each_case_of(spec for spec in ops.SPECS if not spec.differentiable)
 def test_scores_and_masks_have_the_bits_of_the_cpu(spec: OpSpec, dtype: torch.dtype) -> None:
     for sample in spec.samples(dtype, DEVICE):
         ours, theirs = sample.args, to_cpu(copy.deepcopy(sample.args))
@@ -75,7 +74,7 @@ def test_scores_and_masks_have_the_bits_of_the_cpu(spec: OpSpec, dtype: torch.dt
         check_close(to_cpu((got, ours)), (want, theirs), exact=True, case=sample.name)
 
 
-@each_case_of(SPECS)
+@each_case_of(ops.SPECS)
 def test_results_repeat_bit_for_bit(spec: OpSpec, dtype: torch.dtype) -> None:
     for sample in spec.samples(dtype, DEVICE):
         first, second = sample.args, copy.deepcopy(sample.args)

@@ -155,6 +155,20 @@ def test_the_order_of_blocks_does_not_matter(name: str, plain: EmulatedOps) -> N
         check(name, plain, seed)
 
 
+# Ways that samples of the op tests do not take.
+@pytest.mark.parametrize(
+    "name",
+    [
+        "the interval is too low",
+        "the interval is too high",
+        "the interval is too full",
+        "equal, 77",
+    ],
+)
+def test_what_nvcc_makes_of_the_ways_back_selects_so_too(name: str, ptx: EmulatedOps) -> None:
+    check(name, ptx, seed=1)
+
+
 @pytest.mark.slow_cuda
 def test_the_cases_reach_every_line(checked: EmulatedOps) -> None:
     for seed, name in enumerate(CASES):

@@ -1,17 +1,19 @@
-"""Every op of SPECS against its reference, on every device and instruction set."""
+"""Every op of SPECS against its reference: by every instruction set, on a GPU, and emulated."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from cuda_emulator.ops import SPECS as CUDA_SPECS
+from cuda_emulator.ops import EmulatedOps
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from secateur import ops
+from secateur import _C, ops
 from secateur.ops._spec import OpSpec
 
 CPU = torch.device("cpu")
@@ -58,18 +60,79 @@ def to_cpu(values: Any) -> Any:
     return tree_map_only(torch.Tensor, torch.Tensor.cpu, values)
 
 
-@pytest.mark.parametrize(("spec", "dtype"), CASES)
-def test_matches_reference(spec: OpSpec, dtype: torch.dtype, place: torch.device) -> None:
-    samples = list(spec.samples(dtype, place))
+@dataclass(frozen=True)
+class Place:
+    """Where kernels run.
+
+    Attributes:
+        name: of an instruction set of this machine, or that begins with CUDA.
+        device: of the tensors.
+        emulated: who takes the place of a GPU.
+    """
+
+    name: str
+    device: torch.device
+    emulated: EmulatedOps | None = None
+
+    def call(self, spec: OpSpec, *args: Any) -> Any:
+        return spec.op(*args) if self.emulated is None else self.emulated.call(spec.name, *args)
+
+
+# Emulated kernels: the source, the source with every access checked, and nvcc's PTX likewise.
+EMULATED = {
+    "CUDA-EMULATED": "plain",
+    "CUDA-EMULATED-CHECKED": "checked",
+    "CUDA-EMULATED-PTX": "ptx",
+}
+PLACES = [*_C.supported_isas(), *(["CUDA"] if torch.cuda.is_available() else []), *EMULATED]
+
+
+@pytest.fixture
+def place(request: pytest.FixtureRequest, restore: None) -> Place:
+    """The place of a name; an instruction set is chosen."""
+    name: str = request.param
+    if name in EMULATED:
+        return Place(name, CPU, request.getfixturevalue(EMULATED[name]))
+    if name == "CUDA":
+        return Place(name, torch.device("cuda"))
+    _C.set_isa(name)
+    return Place(name, CPU)
+
+
+def is_slow(place: str, dtype: torch.dtype) -> bool:
+    """Whether `make test` does without: checks take long, PTX is checked as well."""
+    if place == "CUDA-EMULATED-PTX":
+        return dtype in (torch.float16, torch.float64)
+    return place == "CUDA-EMULATED-CHECKED"
+
+
+MATRIX = [
+    pytest.param(
+        *case.values,
+        place,
+        id=f"{case.id}-{place}",
+        marks=pytest.mark.slow_cuda if is_slow(place, case.values[1]) else (),
+    )
+    for case in CASES
+    for place in PLACES
+]
+
+
+@functools.cache
+def check_samples(spec: OpSpec, dtype: torch.dtype, place: Place) -> None:
+    samples = list(spec.samples(dtype, place.device))
     assert samples
-    for sample in samples:
+    for seed, sample in enumerate(samples):
+        if place.emulated is not None:
+            place.emulated.emulator.set_seed(seed % 3)
         ours, theirs = sample.args, to_cpu(copy.deepcopy(sample.args))
-        if place.type == "cuda" and spec not in CUDA_SPECS:
-            with pytest.raises(NotImplementedError, match=f"{spec.name}: .* has no kernel"):
-                spec.op(*ours)
-            continue
-        got, want = spec.op(*ours), spec.reference(*theirs)
+        got, want = place.call(spec, *ours), spec.reference(*theirs)
         check_close(to_cpu((got, ours)), (want, theirs), spec.exact, sample.name)
+
+
+@pytest.mark.parametrize(("spec", "dtype", "place"), MATRIX, indirect=["place"])
+def test_matches_reference(spec: OpSpec, dtype: torch.dtype, place: Place) -> None:
+    check_samples(spec, dtype, place)
 
 
 @pytest.mark.usefixtures("restore")
@@ -83,12 +146,10 @@ def test_thread_count_does_not_matter(spec: OpSpec, dtype: torch.dtype) -> None:
     check_close(results[1], results[0], exact=True, case="1 and 2 threads")
 
 
-# Of ops that run there.
 ON_DEVICES = [
     pytest.param(spec, device, id=f"{spec.name}-{device}")
     for spec in ops.SPECS
     for device in DEVICES
-    if device == CPU or spec in CUDA_SPECS
 ]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,21 +19,14 @@ GLUE = sorted((ROOT / "csrc").glob("*/op_cuda.cpp"))
 CMAKE = (ROOT / "CMakeLists.txt").read_text("utf-8")
 FUSED = [path for path in KERNELS if f"secateur_add_op({path.parent.name} fast)" in CMAKE]
 
-# Ops that have a CUDA kernel.
-SPECS = tuple(
-    spec
-    for spec in ops.SPECS
-    if any(re.search(rf'm\.impl\("{spec.name}"', path.read_text("utf-8")) for path in GLUE)
-)
-
 
 class EmulatedOps:
-    """The ops of ``SPECS`` on the emulator, which takes the place of a GPU.
+    """The ops of ``secateur.ops.SPECS`` on the emulator, which takes the place of a GPU.
 
     Args:
         namespace: where they are registered, ``torch.ops.<namespace>``.
         kernels: the .cu files.
-        glue: the C++ files that register their ops; others of ``SPECS`` cannot be called.
+        glue: the C++ files that register their ops; others cannot be called.
         flavour: who compiles the kernels.
     """
 
@@ -50,7 +42,7 @@ class EmulatedOps:
         renamed = f"-Dsecateur_emulated={namespace}"
         path = library(kernels, glue, flavour=flavour, flags=[renamed], fused=FUSED)
         self._library = torch.library.Library(namespace, "DEF")
-        for spec in SPECS:
+        for spec in ops.SPECS:
             self._library.define(str(spec.op._schema).removeprefix("secateur::"))
         self.emulator: Emulator = load(path)
         self._ops = getattr(torch.ops, namespace)
