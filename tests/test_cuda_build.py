@@ -12,25 +12,32 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from cuda_emulator.build import Flavour
+from cuda_emulator.ops import emulated_ops
 
 from secateur.ops import _cuda
+from secateur.ops._spec import FLOATS
+from secateur.ops.block_sparse import Pattern
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "docs" / "cuda-resources.md"
 ARCHITECTURES = ("sm_80", "sm_90a")
 # Registers are the compiler's choice: the table is compared where this release made the library.
 NVCC = "13.0"
+# Sides of the blocks that tensor cores take.
+WIDTHS = (8, 16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
 class Kernel:
     registers: int
-    shared: int
+    shared: int  # static
     local: int  # bytes of stack and local memory
     sass: str
 
@@ -79,22 +86,52 @@ def read_kernels() -> dict[str, dict[str, Kernel]]:
     return kernels
 
 
-def table(kernels: dict[str, dict[str, Kernel]]) -> str:
+def takers_of_dynamic_shared() -> set[str]:
+    """Kernels that read or write dynamic shared memory, by the PTX: machine code does not tell."""
+    found = set()
+    for file in run(tool("cuobjdump"), "-ptx", _cuda.LIBRARY).split("Fatbin ptx code:"):
+        for entry in file.split(".entry ")[1:]:
+            if "secateur_dynamic_shared" in entry:
+                found.add(readable(entry.partition("(")[0]))
+    return found
+
+
+def launched_dynamic_shared() -> dict[str, int]:
+    """The most bytes that launches ask for, of each kernel that they give dynamic shared memory."""
+    emulated = emulated_ops(Flavour.PLAIN)
+    pattern = Pattern.from_mask(torch.ones(1, 1, dtype=torch.bool)).tensors()
+    # Block-sparse products alone do: of blocks that tensor cores take and of others, for as many
+    # rows as a lane has one of and for more.
+    for side, rows, dtype in itertools.product((1, 4, 24, *WIDTHS), (32, 33), FLOATS):
+        x, values = torch.ones(rows, side, dtype=dtype), torch.ones(1, side, side, dtype=dtype)
+        emulated.call("block_sparse_linear", x, values, None, *pattern, side, None)
+        emulated.call("block_sparse_linear_dx", x, values, *pattern, side)
+        emulated.call("block_sparse_linear_dw", x, x, *pattern, side, side)
+    most = emulated.emulator.dynamic_shared()
+    return {readable(symbol): size for symbol, size in most.items() if size > 0}
+
+
+def table(kernels: dict[str, dict[str, Kernel]], dynamic: dict[str, int]) -> str:
     lines = [
         "# Registers and shared memory of the CUDA kernels",
         "",
         f"Registers a thread and bytes of static shared memory a block, as nvcc {NVCC} makes them;",
-        "no kernel spills or uses local memory. `make cuda-resources` writes this table and",
-        "`tests/test_cuda_build.py` compares it.",
+        "no kernel spills or uses local memory. Dynamic shared memory is what launches ask for, on",
+        "every GPU alike: the most that they asked of the emulator. The system reserves 1024 bytes",
+        "more of every block. The tools count them for sm_90a, in kernels that take shared memory",
+        "and in all of a file where some take it dynamically, and never for sm_80.",
+        "`make cuda-resources` writes this table and `tests/test_cuda_build.py` compares it.",
         "",
-        "| kernel | " + " | ".join(f"{a} registers | {a} shared" for a in ARCHITECTURES) + " |",
-        "|---|" + "---:|---:|" * len(ARCHITECTURES),
+        "| kernel | "
+        + " | ".join(f"{arch} registers | {arch} static shared" for arch in ARCHITECTURES)
+        + " | dynamic shared |",
+        "|---|" + "---:|---:|" * len(ARCHITECTURES) + "---:|",
     ]
     for name in sorted(kernels[ARCHITECTURES[0]]):
-        both = [kernels[arch][name] for arch in ARCHITECTURES]
-        lines.append(
-            f"| `{name}` | " + " | ".join(f"{k.registers} | {k.shared}" for k in both) + " |"
-        )
+        cells = [f"`{name}`"]
+        for kernel in (kernels[arch][name] for arch in ARCHITECTURES):
+            cells += [str(kernel.registers), str(kernel.shared)]
+        lines.append(f"| {' | '.join(cells)} | {dynamic.get(name, 0)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -126,34 +163,129 @@ def test_kernels_neither_spill_nor_use_local_memory(kernels: dict[str, dict[str,
             assert not re.search(r"\b(LDL|STL)\b", kernel.sass), (arch, name)
 
 
+# What the names of kernels tell of them.
+SIZES = {"BFloat16": 2, "Half": 2, "float": 4, "double": 8}
+OBSERVE, STATE, UPDATE = range(3)  # secateur::Mode
+
+
+def dtype_of(name: str) -> str:
+    return re.findall("|".join(SIZES), name)[0]
+
+
+def mode_of(name: str) -> int:
+    return int(re.findall(r"Mode (\d)", name)[0])
+
+
+def constant(path: str, name: str) -> int:
+    """A number of the source."""
+    text = (ROOT / "csrc" / path).read_text(encoding="utf-8")
+    return int(re.findall(rf"^constexpr int {name} = (\d+);", text, re.MULTILINE)[0])
+
+
+def vectors(elements: int, dtype: str) -> int:
+    return elements * SIZES[dtype] // 16
+
+
+def vectors_of_state(elements: int, dtype: str) -> int:
+    """The same of states and scores, which are float where weights are smaller."""
+    return vectors(elements, "double" if dtype == "double" else "float")
+
+
+def operands(elements: int, dtype: str, mode: int) -> int:
+    """Loads of weight, gradient and state, where the mode has a use for them."""
+    weight = grad = vectors(elements, dtype)
+    state = vectors_of_state(elements, dtype)
+    return {OBSERVE: weight + grad, STATE: weight + state, UPDATE: weight + grad + state}[mode]
+
+
+def of_mask(name: str) -> int:
+    """Elements of 2, 4 and 8 bytes."""
+    return 3 * constant("mask/cuda.cu", "kUnroll")
+
+
+def loads_of_nm(name: str) -> int:
+    """Groups of eight elements. The mode is no constant of the kernel: it has the loads of all."""
+    return operands(8, dtype_of(name), UPDATE)
+
+
+def loads_of_scores(name: str) -> int:
+    """Some vectors of weights, and what goes with them."""
+    dtype = dtype_of(name)
+    return constant("score/cuda.cu", "kUnroll") * operands(16 // SIZES[dtype], dtype, mode_of(name))
+
+
+def loads_of_tiles(name: str) -> int:
+    """The first tile is asked for before the loop, the next one in it."""
+    return 2 * loads_of_scores(name)
+
+
+def loads_of_sample(name: str) -> int:
+    """Groups of eight elements; where scores are float, of weights in any of three dtypes."""
+    dtypes = ["double"] if dtype_of(name) == "double" else ["BFloat16", "Half", "float"]
+    return sum(operands(8, dtype, mode_of(name)) for dtype in dtypes)
+
+
+def loads_of_sweep(name: str) -> int:
+    """The same; where scores are float, two groups are in flight."""
+    return loads_of_sample(name) * (1 if dtype_of(name) == "double" else 2)
+
+
+def loads_of_outer(name: str) -> int:
+    """Rows of dY, some at a time, and then those that are left."""
+    rows = int(re.findall(r", (\d+)>", name)[0])
+    return (constant("block_sparse/sdd.cuh", "kOuterDepth") + 1) * vectors(rows, dtype_of(name))
+
+
+def stores_of_scores(name: str) -> int:
+    """The scores, and the new state."""
+    dtype = dtype_of(name)
+    outputs = 2 if mode_of(name) == UPDATE else 1
+    unroll = constant("score/cuda.cu", "kUnroll")
+    return unroll * outputs * vectors_of_state(16 // SIZES[dtype], dtype)
+
+
+# How many instructions of a kernel move 16 bytes, at least: as many as its source asks for. Each
+# input, in each dtype that the kernel switches over, has one for every vector among the elements
+# that a thread asks for at once. The compiler has more where it unrolled a loop further, or kept
+# the load of an input that the mode has no use for; fewer where it tore one into elements.
+LEAST: dict[str, dict[str, Callable[[str], int]]] = {
+    "LDG": {
+        "mask::apply_kernel<Flat>": of_mask,
+        "mask::pack_kernel": lambda name: 1,
+        "nm::aligned_kernel": loads_of_nm,
+        "score::elements_kernel": loads_of_scores,
+        "score::blocks_kernel<Vectors": loads_of_tiles,
+        "score::rows_kernel<Vectors": loads_of_tiles,
+        "topk::sample_kernel": loads_of_sample,
+        "topk::sweep_kernel": loads_of_sweep,
+        "topk::histogram_kernel": loads_of_sweep,
+        "block_sparse::simt::dsd_kernel": lambda name: 1,  # of X or dY
+        "block_sparse::simt::sample_kernel": lambda name: 2,  # of X and dY
+        "block_sparse::simt::outer_kernel": loads_of_outer,
+        "block_sparse::tensor_cores::add_kernel": lambda name: 2,  # eight sums
+    },
+    "STG": {
+        "mask::apply_kernel<Flat>": of_mask,
+        "mask::unpack_kernel": lambda name: 1,
+        "score::elements_kernel": stores_of_scores,
+        "block_sparse::tensor_cores::add_kernel": lambda name: 1,  # eight results
+        "block_sparse::tensor_cores::multiply_kernel": lambda name: 3,  # those, or eight sums
+    },
+}
+
+
 @pytest.mark.parametrize(
-    ("instruction", "prefixes"),
-    [
-        (
-            "LDG",
-            (
-                "mask::apply_kernel<Flat>",
-                "mask::pack_kernel",
-                "nm::aligned_kernel",
-                "score::elements_kernel",
-                "score::blocks_kernel<Vectors",
-                "score::rows_kernel<Vectors",
-            ),
-        ),
-        ("LDG", ("topk::sample_kernel", "topk::sweep_kernel", "topk::histogram_kernel")),
-        ("LDG", tuple(f"block_sparse::simt::{name}_kernel" for name in ("dsd", "outer", "sample"))),
-        ("STG", ("mask::apply_kernel<Flat>", "mask::unpack_kernel", "score::elements_kernel")),
-    ],
+    ("instruction", "prefix"), [(i, prefix) for i, least in LEAST.items() for prefix in least]
 )
 def test_contiguous_memory_moves_by_16_bytes(
-    kernels: dict[str, dict[str, Kernel]], instruction: str, prefixes: tuple[str, ...]
+    instruction: str, prefix: str, kernels: dict[str, dict[str, Kernel]]
 ) -> None:
     for arch in ARCHITECTURES:
-        for prefix in prefixes:
-            matching = {n: k for n, k in kernels[arch].items() if n.startswith(prefix)}
-            assert matching, (arch, prefix)
-            for name, kernel in matching.items():
-                assert re.search(rf"\b{instruction}\.E\.(\w+\.)*128\b", kernel.sass), (arch, name)
+        matching = {n: k for n, k in kernels[arch].items() if n.startswith(prefix)}
+        assert matching, arch
+        for name, kernel in matching.items():
+            moves = re.findall(rf"\b{instruction}\.E\.(?:\w+\.)*128\b", kernel.sass)
+            assert len(moves) >= LEAST[instruction][prefix](name) > 0, (arch, name)
 
 
 def test_tensor_cores_multiply_what_asynchronous_copies_bring(
@@ -167,7 +299,7 @@ def test_tensor_cores_multiply_what_asynchronous_copies_bring(
         "WeightGradient": (r"LDSM\.16\.MT88",),
     }
     for arch in ARCHITECTURES:
-        for dtype, product, width in itertools.product(multiplies, loads, (8, 16, 32, 64, 128)):
+        for dtype, product, width in itertools.product(multiplies, loads, WIDTHS):
             kernel = kernels[arch][f"{prefix}<{dtype}, {product}, {width}>"]
             copies = (r"LDGSTS\.E\.BYPASS\.128", r"STG\.E\.128")
             for instruction in (multiplies[dtype], *loads[product], *copies):
@@ -184,7 +316,15 @@ def test_the_table_of_resources_is_what_the_library_says(
     version = run("nvcc", "--version")
     if f"release {NVCC}," not in version:
         pytest.skip(f"needs nvcc {NVCC}, which made the table")
-    assert TABLE.read_text(encoding="utf-8") == table(kernels), "run: make cuda-resources"
+    dynamic = launched_dynamic_shared()
+    assert dynamic.keys() == takers_of_dynamic_shared()
+    assert TABLE.read_text(encoding="utf-8") == table(kernels, dynamic), "run: make cuda-resources"
+    # What the table says of the memory that the system reserves.
+    files = {name.split("::")[0] for name in dynamic}
+    sm_80, sm_90a = (kernels[arch] for arch in ARCHITECTURES)
+    for name, kernel in sm_80.items():
+        counted = kernel.shared > 0 or name.split("::")[0] in files
+        assert sm_90a[name].shared - kernel.shared == 1024 * counted, name
 
 
 def in_new_process(code: str) -> str:
@@ -292,4 +432,4 @@ def test_an_op_without_a_cuda_kernel_says_so_at_first_use() -> None:
 
 
 if __name__ == "__main__":
-    TABLE.write_text(table(read_kernels()), encoding="utf-8")
+    TABLE.write_text(table(read_kernels(), launched_dynamic_shared()), encoding="utf-8")

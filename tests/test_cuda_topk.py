@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cuda_emulator.build import ROOT, Flavour, library
 from cuda_emulator.ops import KERNELS, EmulatedOps
 from test_topk import adversarial, randn
 from torch import Tensor
@@ -167,6 +170,46 @@ def test_the_order_of_blocks_does_not_matter(name: str, plain: EmulatedOps) -> N
 )
 def test_what_nvcc_makes_of_the_ways_back_selects_so_too(name: str, ptx: EmulatedOps) -> None:
     check(name, ptx, seed=1)
+
+
+# The memory that a selection asks torch for, beside the masks.
+WORKSPACE = """
+#include <vector>
+#include "topk/topk.h"
+using namespace secateur::topk;
+extern "C" int64_t workspace_bytes(int64_t numel, int64_t tensors, bool wide, bool strided) {
+  std::vector<Item> items(tensors);
+  for (Item& item : items) {
+    secateur::View& weight = item.inputs.weight;
+    weight.data = reinterpret_cast<void*>(4096);  // aligned; nobody reads it
+    weight.ndim = 1;
+    weight.stride[0] = strided ? 2 : 1;
+  }
+  Problem problem{};
+  problem.items = items.data();
+  problem.n_items = tensors;
+  problem.numel = numel;
+  problem.wide = wide;
+  return CUDA::workspace_bytes(problem, CUDA::capacity(numel));
+}
+"""
+
+
+def test_a_selection_among_a_billion_takes_less_than_64_mb(tmp_path: Path) -> None:
+    probe = tmp_path / "workspace.cu"
+    probe.write_text(WORKSPACE)
+    built = ctypes.CDLL(str(library([KERNEL, probe], flavour=Flavour.PLAIN)))
+    built.workspace_bytes.argtypes = ctypes.c_int64, ctypes.c_int64, ctypes.c_bool, ctypes.c_bool
+    built.workspace_bytes.restype = ctypes.c_int64
+    taken = {}
+    for dtype in FLOATS:
+        wide = dtype == torch.float64  # scores are as wide as that, or float
+        taken[dtype] = built.workspace_bytes(10**9, 1, wide, False)
+        # Many tensors, which no vectors can be loaded from: most to tell the kernels of.
+        assert taken[dtype] < built.workspace_bytes(10**9, 10_000, wide, True) < 64e6, dtype
+    single, double = (round(taken[dtype] / 1e6) for dtype in (torch.float32, torch.float64))
+    documented = " ".join((ROOT / "docs" / "cuda.md").read_text("utf-8").split())
+    assert f"{single} MB ({double} MB) at n = 1e9" in documented
 
 
 @pytest.mark.slow_cuda

@@ -365,6 +365,17 @@ class Emulator:
         self._library.cuda_emulator_counters(counters)
         return Counters(*counters)
 
+    def dynamic_shared(self) -> dict[str, int]:
+        """Of every kernel that was launched, by the linker's name for it: the most bytes of dynamic
+        shared memory that a launch asked for."""
+        asked: dict[int, int] = {}
+        each = ctypes.CFUNCTYPE(None, ctypes.c_size_t, ctypes.c_size_t)(asked.__setitem__)
+        self._library.cuda_emulator_each_dynamic_shared(each)
+        listing = subprocess.run(["nm", self._path], check=True, capture_output=True, text=True)
+        symbols = re.findall(r"^([0-9a-f]+) [tT] (.+)$", listing.stdout, re.MULTILINE)
+        names = {int(at, 16): symbol for at, symbol in symbols}
+        return {names[at]: size for at, size in asked.items()}
+
     def lines(self, source: Path) -> tuple[set[int], set[int]]:
         """Lines of a kernel file at which a basic block starts, and those of them that have run.
 

@@ -90,6 +90,7 @@ struct Machine {
   std::vector<Shared> opened;  // static shared arrays of this block
   alignas(128) unsigned char dynamic_shared[kMaxShared];
   std::map<const void*, size_t> allowed_dynamic_shared;
+  std::map<const void*, size_t> most_dynamic_shared;  // of the kernels that were launched
 
   uint64_t seed = 0;
   std::minstd_rand random;
@@ -296,6 +297,8 @@ void run(Launch launch) {
   const std::lock_guard<std::mutex> lock(machine.one_launch_at_a_time);
   if (!replaced().empty()) launch.code = replacement_of(launch);
   check_limits(launch);
+  size_t& most = machine.most_dynamic_shared[launch.kernel];
+  most = std::max(most, launch.shared_bytes);
   machine.launch = &launch;
   ++machine.launches;
   machine.error.clear();
@@ -446,3 +449,17 @@ void fill_buffer(void* address, int value, size_t bytes) {
 }
 
 }  // namespace cuda_emulator
+
+extern "C" {
+
+// The linker's name for where this library begins.
+__attribute__((visibility("hidden"))) extern const unsigned char __ehdr_start[];
+
+// Calls f with the place in this library of every kernel that was launched, and the most bytes of
+// dynamic shared memory that a launch of it asked for.
+void cuda_emulator_each_dynamic_shared(void (*f)(size_t place, size_t bytes)) {
+  for (const auto& [kernel, bytes] : cuda_emulator::machine.most_dynamic_shared)
+    f(static_cast<size_t>(static_cast<const unsigned char*>(kernel) - __ehdr_start), bytes);
+}
+
+}  // extern "C"
