@@ -42,6 +42,7 @@ struct Plan {
   Layout dy = Layout::InPlace;
   bool transpose_values = false;  // each block, in values_space
   bool reorder_values = false;    // blocks in column order, in values_space
+  bool stripes = false;           // what is in values_space: as for_stripes() of cpu.cpp has it
   bool pairs = false;  // bfloat16 is multiplied in pairs along the inner dimension, not widened
   int64_t panel;       // lanes of Layout::Transposed
   int64_t x_bytes = 0, dy_bytes = 0, values_bytes = 0, sums_bytes = 0;  // workspaces; 0: none
@@ -76,6 +77,7 @@ struct Args : Problem {
   // The rows of a batch come in parts: values are packed with the first, which also starts the sums
   // of dW, in the dtype that is computed in. finish() adds the other sums, if any, and writes dW.
   bool first_part;
+  int64_t rows_of_all;  // parts
   Plan plan;
   void *x_space, *dy_space, *values_space, *sums;
   const void* other_sums;  // may be null

@@ -33,14 +33,17 @@ namespace {
 
 // Fewer rows than this do not pay for transposing the weights.
 constexpr int64_t kFewRows = 16;
-constexpr int64_t kFewLanes = 16;      // lanes of a panel where the batch is small
-constexpr int64_t kFewestLanes = 8;    // of smaller ones, which a vector of 512 bits exceeds
-constexpr int kDotRows = 2;            // more rows than this do not pay for sums across lanes
-constexpr int64_t kPackRows = 8;       // rows of the batch copied to panels at a time
-constexpr int64_t kPackAhead = 256;    // features from what is copied to what is fetched
-constexpr int64_t kBlocksAhead = 8;    // blocks, where they are copied in another order
-constexpr int64_t kWeightsAhead = 64;  // the same of single weights
-constexpr int64_t kSmallBlock = 16;    // weights
+constexpr int64_t kFewLanes = 16;    // lanes of a panel where the batch is small
+constexpr int64_t kFewestLanes = 8;  // of smaller ones, which a vector of 512 bits exceeds
+constexpr int kDotRows = 2;          // more rows than this do not pay for sums across lanes
+// Fewer rows than this do not pay for a copy of the weights in the order in which dX takes them.
+// Only on 16 registers, whose tiles take part of a line of most blocks; elsewhere it was not tried.
+constexpr int64_t kRowsToReorder = 256;
+constexpr int64_t kPackRows = 8;              // rows of the batch copied to panels at a time
+constexpr int64_t kPackAhead = 256;           // features from what is copied to what is fetched
+constexpr int64_t kBlocksAhead = 8;           // blocks, where they are copied in another order
+constexpr int64_t kWeightsAhead = 64;         // the same of single weights
+constexpr int64_t kSmallBlock = 16;           // weights
 constexpr int64_t kTaskMultiplies = 1 << 16;  // worth waking a thread
 
 // Output features that Batch transposes at a time: lines of one row are written one after the
@@ -130,6 +133,7 @@ inline void for_vectors(int64_t width, int64_t limit, F&& f) {
 struct Side {
   const int32_t *ptr, *index, *position;
   int64_t lines, line_width, inner_width, out_features, inner_features;
+  bool stripes;  // as in Plan
 
   int64_t block(int64_t p) const { return position ? position[p] : p; }
   int64_t inner(int64_t p) const {
@@ -138,11 +142,13 @@ struct Side {
 };
 
 Side side_of(const Args& g) {
+  const bool stripes = g.plan.stripes;
   if (g.product != Product::Forward)
-    return {g.col_ptr,     g.row_t,       g.plan.reorder_values ? nullptr : g.position_t,
-            g.block_cols,  g.cols,        g.rows,
-            g.in_features, g.out_features};
-  return {g.row_ptr, g.col, nullptr, g.block_rows, g.rows, g.cols, g.out_features, g.in_features};
+    return {g.col_ptr,     g.row_t,        g.plan.reorder_values ? nullptr : g.position_t,
+            g.block_cols,  g.cols,         g.rows,
+            g.in_features, g.out_features, stripes};
+  return {g.row_ptr, g.col,          nullptr,       g.block_rows, g.rows,
+          g.cols,    g.out_features, g.in_features, stripes};
 }
 
 // The same counted in pairs along the inner dimension.
@@ -380,9 +386,11 @@ SECATEUR_TILE void feature_tile(const Side& s, int64_t line, const E* a, int64_t
     unroll<NV>([&](auto v)
                    SECATEUR_INLINE { __builtin_prefetch(place + i * s.out_features + v * W, 1); });
   });
+  const B* const first = blocks + j * (s.stripes ? s.inner_width : 1);
+  const int64_t b_step = s.stripes ? NV * W : s.line_width;
   for (int64_t p = s.ptr[line]; p < s.ptr[line + 1]; ++p)
     add_products(tile, a + s.index[p] * a_block, a_line, a_step,
-                 blocks + s.block(p) * s.line_width * s.inner_width + j, s.line_width, s.inner(p));
+                 first + s.block(p) * s.line_width * s.inner_width, b_step, s.inner(p));
   const int64_t f = line * s.line_width + j;
   if (f + NV * W <= s.out_features && epilogue.activation == Activation::None) {
     unroll<NV>([&](auto v) SECATEUR_INLINE {
@@ -431,6 +439,24 @@ inline void feature_rows(const Args& g, const Side& s, int64_t line, int64_t j, 
     if (m < end) feature_rows<T, kFewer<R>, NV, kLayout>(g, s, line, j, blocks, a, stride, m, end);
 }
 
+// A line without blocks, rows [m, end) of the batch: what the epilogue makes of zero, row by row.
+// Tiles would write a few elements of each row before the next ones.
+template <typename T>
+void empty_line(const Args& g, const Side& s, int64_t line, int64_t width, int64_t m, int64_t end) {
+  using C = Compute<T>;
+  constexpr int W = kLanes<C>;
+  const Epilogue<T> epilogue(g);
+  const int64_t f = line * s.line_width;
+  T* const first = static_cast<T*>(g.out) + m * s.out_features + f;
+  for (int64_t j = 0; j < width; j += W) {
+    const int64_t count = std::min<int64_t>(W, width - j);
+    Vec<C, W> offset = {};
+    if (epilogue.bias) offset = load_first<W>(epilogue.bias + f + j, count);
+    store_first<W>(first + j, epilogue(offset), count);
+  }
+  for (int64_t i = 1; i < end - m; ++i) std::copy_n(first, width, first + i * s.out_features);
+}
+
 template <typename T, Layout kLayout, typename E, typename B>
 void run_features(const Args& g, const B* blocks, const E* a, int64_t stride, int64_t begin,
                   int64_t end) {
@@ -440,6 +466,7 @@ void run_features(const Args& g, const B* blocks, const E* a, int64_t stride, in
     const int64_t m = panel * kFeatureRows, m_end = std::min(m + kFeatureRows, g.batch);
     if (panel == 0 && g.first_part && !g.values_space) expect_blocks(s, blocks, line + 1);
     const int64_t width = std::min(s.line_width, s.out_features - line * s.line_width);
+    if (s.ptr[line] == s.ptr[line + 1]) return empty_line<T>(g, s, line, width, m, m_end);
     for_vectors<W>(s.line_width, width, [&](auto nv, int64_t j) {
       constexpr int NV = decltype(nv)::value;
       feature_rows<T, kFeatureAccumulators / NV, NV, kLayout>(g, s, line, j, blocks, a, stride, m,
@@ -1173,7 +1200,9 @@ Plan plan_for(const Args& g) {
     plan.panel = kFeaturePanel;
     lay_out_left(few && !kNarrow ? Layout::InPlace : kFeatureLayout);
     plan.transpose_values = forward;
-    if (forward || (kNarrow && !few)) copy_values();
+    plan.reorder_values = !forward && kVectorRegisters == 16 && g.rows_of_all >= kRowsToReorder;
+    plan.stripes = forward || plan.reorder_values;
+    if (plan.stripes || (kNarrow && !few)) copy_values();
     plan.run = group_stage(s.ptr, s.lines, 1, ceil_div(g.batch, kFeatureRows),
                            block_size * std::min(g.batch, kFeatureRows));
   }
@@ -1207,7 +1236,28 @@ void pack_matrix(const Args& g, Layout layout, const void* data, int64_t stride,
     });
 }
 
-// Blocks (rows, cols) of E to (cols, rows).
+// Calls f(NV, first, stripe) for each stripe of a block that is `width` wide and `inner` deep:
+// columns [first, first + NV * W), which tiles of Features multiply at a time. They lie one after
+// the other, so that a tile goes through memory without gaps.
+template <int W, typename C, typename F>
+inline void for_stripes(int64_t width, int64_t inner, C* block, F&& f) {
+  for_vectors<W>(width, width,
+                 [&](auto nv, int64_t first) { f(nv, first, block + first * inner); });
+}
+
+// A block (rows, cols) to stripes of its columns.
+template <typename T>
+void copy_stripes(const T* block, int64_t rows, int64_t cols, Compute<T>* to) {
+  constexpr int W = kLanes<Compute<T>>;
+  for_stripes<W>(cols, rows, to, [&](auto nv, int64_t first, Compute<T>* stripe) {
+    for (int64_t i = 0; i < rows; ++i)
+      unroll<nv>([&](auto v) SECATEUR_INLINE {
+        store<W>(stripe + (i * nv + v) * W, load<W>(block + i * cols + first + v * W));
+      });
+  });
+}
+
+// Blocks (rows, cols) of E to stripes of their rows.
 template <typename E>
 void transpose_blocks(const E* from, int64_t rows, int64_t cols, Compute<E>* to, int64_t begin,
                       int64_t end) {
@@ -1215,16 +1265,19 @@ void transpose_blocks(const E* from, int64_t rows, int64_t cols, Compute<E>* to,
   constexpr int W = kLanes<C>;
   for (int64_t p = begin; p < end; ++p) {
     const E* const block = from + p * rows * cols;
-    C* const out = to + p * rows * cols;
-    for (int64_t i = 0; i < rows; i += W) {
-      for (int64_t j = 0; j < cols; j += W) {
-        const E* const tile = block + i * cols + j;
-        if (j + W <= cols)
-          transpose_tile<W>(tile, cols, W, out + j * rows + i, rows);
-        else
-          transpose_corner<W>(tile, cols, W, cols - j, out + j * rows + i, rows);
+    for_stripes<W>(rows, cols, to + p * rows * cols, [&](auto nv, int64_t first, C* stripe) {
+      constexpr int64_t kWidth = nv * W;
+      for (int64_t i = 0; i < kWidth; i += W) {
+        for (int64_t j = 0; j < cols; j += W) {
+          const E* const tile = block + (first + i) * cols + j;
+          C* const place = stripe + j * kWidth + i;
+          if (j + W <= cols)
+            transpose_tile<W>(tile, cols, W, place, kWidth);
+          else
+            transpose_corner<W>(tile, cols, W, cols - j, place, kWidth);
+        }
       }
-    }
+    });
   }
 }
 
@@ -1265,7 +1318,10 @@ void pack_blocks(const Args& g, int64_t begin, int64_t end) {
         continue;
       }
     }
-    widen_range(block, to + q * size, size);
+    if (g.plan.stripes)
+      copy_stripes(block, g.rows, g.cols, to + q * size);
+    else
+      widen_range(block, to + q * size, size);
   }
 }
 

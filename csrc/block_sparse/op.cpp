@@ -136,6 +136,7 @@ void launch(std::vector<Call> calls) {
     prefer_huge_pages(call.out.mutable_data_ptr(), call.out.numel() * call.out.element_size());
     Args& whole = wholes.emplace_back();
     static_cast<Problem&>(whole) = call.problem;
+    whole.rows_of_all = batch;
     panel = std::max(panel, SECATEUR_FOR_ISA(make_plan)(whole).panel);
   }
   const int64_t panels = ceil_div(batch, panel);

@@ -164,9 +164,11 @@ __device__ void scores(const ScoreInputs& in, Operands<T, N>& x, int64_t index, 
   scores(in, M, x, index, out);
 }
 
-// Stores one element, or N at an address that is aligned to vectors.
-template <typename T, int N>
-__device__ void store(T* to, const T (&x)[N]) {
+// Stores one element, or N at an address that is aligned to vectors. kGlobal: to global memory, by
+// an instruction that knows so. Of the other one nvcc made stores of single elements, where a
+// kernel stores to shared memory as well.
+template <bool kGlobal, typename T, int N>
+__device__ void store_run(T* to, const T (&x)[N]) {
   if constexpr (N == 1) {
     *to = x[0];
   } else {
@@ -176,7 +178,11 @@ __device__ void store(T* to, const T (&x)[N]) {
     for (int v = 0; v < N / per_vector; ++v) {
       uint4 vector;
       __builtin_memcpy(&vector, x + v * per_vector, sizeof(vector));
-      reinterpret_cast<uint4*>(to)[v] = vector;
+      uint4* const place = reinterpret_cast<uint4*>(to) + v;
+      if constexpr (kGlobal)
+        __stcg(place, vector);
+      else
+        *place = vector;
     }
   }
 }

@@ -107,14 +107,15 @@ template <typename A, typename T, int N>
 __device__ void evaluate(const A& a, Mode mode, Operands<T, N>& x, int64_t index, T (&scored)[N]) {
   scores(a.inputs, mode, x, index, scored);
   if (mode == Mode::Update)
-    store(static_cast<T*>(a.inputs.state.data) + offset_of(a.inputs.state, index), x.state);
+    store_run<true>(static_cast<T*>(a.inputs.state.data) + offset_of(a.inputs.state, index),
+                    x.state);
 }
 
 template <typename A, typename T, int N>
 __device__ void score_elements(const A& a, Mode mode, Operands<T, N> x, int64_t index) {
   T scored[N];
   evaluate(a, mode, x, index, scored);
-  if (a.out) store(static_cast<T*>(a.out) + index, scored);
+  if (a.out) store_run<true>(static_cast<T*>(a.out) + index, scored);
 }
 
 // Inputs that lie as in_vectors() wants.
@@ -168,7 +169,7 @@ template <typename T, int N>
 __device__ void store_shared(T* to, const T (&x)[N]) {
   constexpr int half = N / 2;
   if constexpr (N * sizeof(T) <= kLoadBytes) {
-    store(to, x);
+    store_run<false>(to, x);
   } else {
     static_assert(half * sizeof(T) == kLoadBytes);
     const bool swap = threadIdx.x & 4;
@@ -178,8 +179,8 @@ __device__ void store_shared(T* to, const T (&x)[N]) {
       first[i] = swap ? x[half + i] : x[i];
       second[i] = swap ? x[i] : x[half + i];
     }
-    store(to + (swap ? half : 0), first);
-    store(to + (swap ? 0 : half), second);
+    store_run<false>(to + (swap ? half : 0), first);
+    store_run<false>(to + (swap ? 0 : half), second);
   }
 }
 
