@@ -38,7 +38,7 @@ constexpr int64_t kFewestLanes = 8;  // of smaller ones, which a vector of 512 b
 constexpr int kDotRows = 2;          // more rows than this do not pay for sums across lanes
 // Fewer rows than this do not pay for a copy of the weights in the order in which dX takes them.
 // Only on 16 registers, whose tiles take part of a line of most blocks; elsewhere it was not tried.
-constexpr int64_t kRowsToReorder = 256;
+constexpr int64_t kRowsToReorder = 512;
 constexpr int64_t kPackRows = 8;              // rows of the batch copied to panels at a time
 constexpr int64_t kPackAhead = 256;           // features from what is copied to what is fetched
 constexpr int64_t kBlocksAhead = 8;           // blocks, where they are copied in another order
