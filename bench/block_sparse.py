@@ -3,8 +3,9 @@
 All blocks and densities at 512 rows and 4096 x 1024, in float32 and bfloat16; other batches, shapes
 and a skewed pattern at one density. On a GPU (``--device cuda``) it is 4096 rows and 4096 x 4096.
 ``--quick`` is one of those shapes and takes under a minute, the whole takes under half an hour;
-other options leave out what they do not name. Cases that lose stay in the table. bench/README.md
-says what is measured, and how.
+other options leave out what they do not name. ``--alone`` calls ours and dense again and again,
+each on its own, so that caches hold what the last call left there. Cases that lose stay in the
+table. bench/README.md says what is measured, and how.
 """
 
 from __future__ import annotations
@@ -264,12 +265,19 @@ def measured(
     peaks: Mapping[str, float],
     bandwidth: float,
     seconds: float,
+    alone: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """The rows of a problem, one a pass; cells of peers that do not run it are None."""
     timer, clock_name = harness.timer()
     peak = peaks[problem.dtype]
     for name, work, traffic, calls in passes(problem, modules):
-        times = harness.measure(calls, seconds, timer)
+        if alone:
+            times = {
+                who: harness.measure({who: calls[who]}, seconds, timer)[who]
+                for who in ("ours", "dense")
+            }
+        else:
+            times = harness.measure(calls, seconds, timer)
         ours = times["ours"].seconds
         row: dict[str, Any] = {
             "pass": name,
@@ -326,6 +334,9 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="one batch, shape and density, float32"
     )
+    parser.add_argument(
+        "--alone", action="store_true", help="no peers but dense, no turns: warm caches"
+    )
     parser.add_argument("--rows", type=int, nargs="+")
     parser.add_argument("--shape", type=int, nargs=2, metavar=("N", "K"), action="append")
     parser.add_argument("--blocks", type=int, nargs="+", choices=BLOCKS, default=BLOCKS)
@@ -368,7 +379,7 @@ def main() -> None:
 
     rows: list[dict[str, Any]] = []
     for problem in tqdm(problems, unit="problem", disable=None):
-        for row in measured(problem, modules, peaks, bandwidth, seconds=0.3):
+        for row in measured(problem, modules, peaks, bandwidth, 0.3, args.alone):
             shown = printed(row)
             if not rows:
                 tqdm.write(line({column: column for column in shown}))

@@ -15,6 +15,7 @@ from bench import block_sparse, harness, optimizers, report, topk
 from bench.harness import Call
 from torch import Tensor
 
+NO_PEERS = {"scipy": None, "sparselab": None}
 SMALL = block_sparse.Problem(8, (64, 32), 8, 0.25, "uniform", "float32")
 
 
@@ -165,6 +166,20 @@ def test_a_missing_peer_is_named_and_its_cells_stay_empty(
         assert row["x dense"] > 0
         assert row["x scipy"] is row["scipy ms"] is row["x sparselab"] is None
     assert rows[0]["x bsr"] > 0
+
+
+def test_alone_no_call_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    together: list[list[str]] = []
+    measure = harness.measure
+
+    def logged(calls: Any, *args: Any) -> Any:
+        together.append(list(calls))
+        return measure(calls, *args)
+
+    monkeypatch.setattr(harness, "measure", logged)
+    rows = list(block_sparse.measured(SMALL, NO_PEERS, {"float32": 1e12}, 1e11, 0.0, alone=True))
+    assert together == [["ours"], ["dense"]] * len(block_sparse.PASSES)
+    assert all(row["x dense"] and row["x masked"] is None for row in rows)
 
 
 @pytest.mark.parametrize("problem", [SMALL, replace(SMALL, block=1, pattern="zipf")])
