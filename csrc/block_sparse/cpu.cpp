@@ -440,7 +440,7 @@ inline void feature_rows(const Args& g, const Side& s, int64_t line, int64_t j, 
 }
 
 // A line without blocks, rows [m, end) of the batch: what the epilogue makes of zero, row by row.
-// Tiles would write a few elements of each row before the next ones.
+// Tiles narrower than the line would write a part of every row before the next part.
 template <typename T>
 void empty_line(const Args& g, const Side& s, int64_t line, int64_t width, int64_t m, int64_t end) {
   using C = Compute<T>;
@@ -466,7 +466,8 @@ void run_features(const Args& g, const B* blocks, const E* a, int64_t stride, in
     const int64_t m = panel * kFeatureRows, m_end = std::min(m + kFeatureRows, g.batch);
     if (panel == 0 && g.first_part && !g.values_space) expect_blocks(s, blocks, line + 1);
     const int64_t width = std::min(s.line_width, s.out_features - line * s.line_width);
-    if (s.ptr[line] == s.ptr[line + 1]) return empty_line<T>(g, s, line, width, m, m_end);
+    if (s.ptr[line] == s.ptr[line + 1] && width > kMaxVectors * W)
+      return empty_line<T>(g, s, line, width, m, m_end);
     for_vectors<W>(s.line_width, width, [&](auto nv, int64_t j) {
       constexpr int NV = decltype(nv)::value;
       feature_rows<T, kFeatureAccumulators / NV, NV, kLayout>(g, s, line, j, blocks, a, stride, m,
