@@ -14,6 +14,8 @@ SOURCES := $(shell find csrc cmake python -type f ! -name '*.pyc') CMakeLists.tx
 # What is known of the CUDA kernels without a GPU; slow_cuda marks what takes long.
 CUDA_TESTS = -k "cuda or roofline" tests/test_ops.py $(wildcard tests/test_cuda_*.py) tests/test_roofline.py
 
+CXX_FILES = $(shell find csrc tests/cuda_emulator -name "*.h" -o -name "*.c*" ! -name "*.pyc")
+
 .PHONY: help demo test mnist bench cuda cuda-fast cuda-load cuda-resources lint format clean
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -58,14 +60,14 @@ cuda-resources: $(VENV)/.package  ## write docs/cuda-resources.md, from the libr
 lint: $(VENV)/.package  ## ruff, clang-format, mypy, shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -type f)
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/mypy
 	$(BIN)/shellcheck .ci/run bench/gpu.sh
 
 format: $(VENV)/.package  ## let ruff and clang-format rewrite the sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell find csrc -type f)
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:  ## remove everything that was made here
 	rm -rf $(VENV) build data/mnist report.html report.png

@@ -100,6 +100,7 @@ def launched_dynamic_shared() -> dict[str, int]:
     """The most bytes that launches ask for, of each kernel that they give dynamic shared memory."""
     emulated = emulated_ops(Flavour.PLAIN)
     pattern = Pattern.from_mask(torch.ones(1, 1, dtype=torch.bool)).tensors()
+    # What else the emulator has launched does not matter: a kernel asks for the same each time.
     # Block-sparse products alone do: of blocks that tensor cores take and of others, for as many
     # rows as a lane has one of and for more.
     for side, rows, dtype in itertools.product((1, 4, 24, *WIDTHS), (32, 33), FLOATS):

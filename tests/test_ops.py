@@ -21,8 +21,9 @@ DEVICES = [CPU, torch.device("cuda")] if torch.cuda.is_available() else [CPU]
 
 # One table for all ops: (relative to each element, relative to the largest element). Kernel and
 # reference both round to the dtype at the end, so 16-bit results are neighbours at most: one eps. A
-# sum taken in another order, in the compute type, differs by some eps of the terms it adds up,
-# which cancellation can make large against the result but not against the largest one.
+# sum taken in another order, or in the compute type where the reference takes float64, differs by
+# some eps of the terms it adds up, which cancellation can make large against the result but not
+# against the largest one.
 TOLERANCE = {
     torch.float64: (1e-13, 1e-14),
     torch.float32: (1e-6, 1e-6),

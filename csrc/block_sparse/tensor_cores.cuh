@@ -15,10 +15,10 @@
 // product.
 //
 // Bound: a tile of 128 x b does 128 b / (128 + b) FLOP for each byte that it loads: 64, 43, 26, 14
-// and 7.5 for b = 128, 64, 32, 16 and 8. At the 5.5 TB/s of an H100's L2 that is 350, 235, 140, 78
-// and 41 TFLOP/s, all below what its mma.sync can do. Shared memory is no narrower: warp tiles of
-// 64 x 64, 64 x 32 and 32 x b do 32, 21 and 32 b / (32 + b) FLOP for each byte they read, and a
-// multiprocessor reads 128 bytes a clock of it where L2 gives it some 25.
+// and 7.5 for b = 128, 64, 32, 16 and 8. At 5.5 TB/s, as an H100's L2 may give,
+// that is 350, 235, 140, 78 and 41 TFLOP/s, all below what its mma.sync can do. Shared memory is no
+// narrower: warp tiles of 64 x 64, 64 x 32 and 32 x b do 32, 21 and 32 b / (32 + b) FLOP for each
+// byte they read, and a multiprocessor reads 128 bytes a clock of it where L2 gives it some 25.
 // Four warps a thread block. Of these an A100's multiprocessor holds 2, 3, 4, 4 and 4, an H100's 2,
 // 4, 5, 6 and 6: registers are the limit for 128, shared memory for the others. Three stages of
 // each are on their way: some 100 KB and more, where 20 KB hide a latency of 800 clocks.

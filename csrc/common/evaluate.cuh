@@ -164,9 +164,9 @@ __device__ void scores(const ScoreInputs& in, Operands<T, N>& x, int64_t index, 
   scores(in, M, x, index, out);
 }
 
-// Stores one element, or N at an address that is aligned to vectors. kGlobal: to global memory, by
-// an instruction that knows so. Of the other one nvcc made stores of single elements, where a
-// kernel stores to shared memory as well.
+// Stores one element, or N at an address that is aligned to vectors. kGlobal: vectors go to global
+// memory by an instruction for it; in kernels that fill shared memory, too, nvcc tore plain stores
+// into elements.
 template <bool kGlobal, typename T, int N>
 __device__ void store_run(T* to, const T (&x)[N]) {
   if constexpr (N == 1) {

@@ -366,13 +366,15 @@ class Emulator:
         return Counters(*counters)
 
     def dynamic_shared(self) -> dict[str, int]:
-        """Of every kernel that was launched, by the linker's name for it: the most bytes of dynamic
-        shared memory that a launch asked for."""
+        """The most bytes of dynamic shared memory that launches of each kernel asked for.
+
+        By the linker's name of the kernel; under PTX it is called after its place in the PTX.
+        """
         asked: dict[int, int] = {}
         each = ctypes.CFUNCTYPE(None, ctypes.c_size_t, ctypes.c_size_t)(asked.__setitem__)
         self._library.cuda_emulator_each_dynamic_shared(each)
         listing = subprocess.run(["nm", self._path], check=True, capture_output=True, text=True)
-        symbols = re.findall(r"^([0-9a-f]+) [tT] (.+)$", listing.stdout, re.MULTILINE)
+        symbols = re.findall(r"^([0-9a-f]+) [tTwW] (.+)$", listing.stdout, re.MULTILINE)
         names = {int(at, 16): symbol for at, symbol in symbols}
         return {names[at]: size for at, size in asked.items()}
 

@@ -407,7 +407,8 @@ torch.library.register_autograd(
 
 
 def _compute(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()
+    """What references add up in: float32 would err in the order of each machine's BLAS."""
+    return t.double()
 
 
 def _blocks_to_dense(values: Tensor, row_of: Tensor, col: Tensor, n: int, k: int) -> Tensor:
