@@ -12,7 +12,7 @@ import pytest
 import torch
 from cuda_emulator.build import ROOT, Flavour, library, nvcc
 from cuda_emulator.ops import KERNELS, EmulatedOps
-from test_ops import CASES, CPU, Place, check_close, check_samples
+from test_ops import CASES, CPU, check_close, check_samples, place_of
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
@@ -37,10 +37,10 @@ def test_schedules_do_not_matter(spec: OpSpec, plain: EmulatedOps) -> None:
 
 @pytest.mark.slow_cuda
 def test_samples_reach_every_line_of_the_kernels(
-    checked: EmulatedOps, capsys: pytest.CaptureFixture[str]
+    checked: EmulatedOps, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    place = Place("CUDA-EMULATED-CHECKED", CPU, checked)  # the samples may have run there before
-    for case in CASES:
+    place = place_of("CUDA-EMULATED-CHECKED", request)
+    for case in CASES:  # which may have run there before
         check_samples(*case.values, place)
     folders = {kernels.parent: [kernels] for kernels in KERNELS} | {CSRC / "common": []}
     for folder, sources in folders.items():

@@ -88,10 +88,8 @@ EMULATED = {
 PLACES = [*_C.supported_isas(), *(["CUDA"] if torch.cuda.is_available() else []), *EMULATED]
 
 
-@pytest.fixture
-def place(request: pytest.FixtureRequest, restore: None) -> Place:
-    """The place of a name; an instruction set is chosen."""
-    name: str = request.param
+def place_of(name: str, request: pytest.FixtureRequest) -> Place:
+    """One of PLACES, on behalf of a test or fixture; an instruction set is chosen."""
     if name in EMULATED:
         return Place(name, CPU, request.getfixturevalue(EMULATED[name]))
     if name == "CUDA":
@@ -100,22 +98,27 @@ def place(request: pytest.FixtureRequest, restore: None) -> Place:
     return Place(name, CPU)
 
 
-def is_slow(place: str, dtype: torch.dtype) -> bool:
+@pytest.fixture
+def place(request: pytest.FixtureRequest, restore: None) -> Place:
+    return place_of(request.param, request)
+
+
+def is_slow(name: str, dtype: torch.dtype) -> bool:
     """Whether `make test` does without: checks take long, PTX is checked as well."""
-    if place == "CUDA-EMULATED-PTX":
+    if name == "CUDA-EMULATED-PTX":
         return dtype in (torch.float16, torch.float64)
-    return place == "CUDA-EMULATED-CHECKED"
+    return name == "CUDA-EMULATED-CHECKED"
 
 
 MATRIX = [
     pytest.param(
         *case.values,
-        place,
-        id=f"{case.id}-{place}",
-        marks=pytest.mark.slow_cuda if is_slow(place, case.values[1]) else (),
+        name,
+        id=f"{case.id}-{name}",
+        marks=pytest.mark.slow_cuda if is_slow(name, case.values[1]) else (),
     )
     for case in CASES
-    for place in PLACES
+    for name in PLACES
 ]
 
 
