@@ -11,8 +11,9 @@ kernels:
   fp32          multiply-adds outside of tensor cores
   launch        no kernel is over sooner after the one before
 
-What makes kernels slower than that is left out: shared memory, which bounds single weights, the
-last wave of thread blocks, latency, integer work. ``x peak`` is how many times faster than a dense
+On tensor cores the last thread block to end counts: tiles are dealt out as the kernel does it, each
+as long as the bytes it moves. What else makes kernels slower is left out: shared memory, which
+bounds single weights, the last wave of other kernels, latency, integer work. ``x peak`` is how many times faster than a dense
 product that reaches the peak of the data sheet, ``x dense`` than one at the share of it that is
 usual. The least certain number is the bandwidth of L2; ``--l2`` asks what another one would make.
 """
@@ -20,6 +21,7 @@ usual. The least certain number is the bandwidth of L2; ``--l2`` asks what anoth
 from __future__ import annotations
 
 import argparse
+import heapq
 import itertools
 import math
 import random
@@ -89,6 +91,7 @@ class Kernel(NamedTuple):
         looked_up: bytes of the pattern that threads load, which L1 and broadcasts serve.
         products: mma.sync m16n8k16.
         flops: outside of tensor cores.
+        last: how many times as long as with all thread blocks busy to the end it takes.
         counted: whether the emulator counts it: it does not see memset.
     """
 
@@ -100,14 +103,16 @@ class Kernel(NamedTuple):
     looked_up: int = 0
     products: int = 0
     flops: int = 0
+    last: float = 1
     counted: bool = True
 
     def bounds(self, machine: Machine) -> dict[str, float]:
         """Seconds by what bounds them."""
+        products = self.products * PRODUCT_FLOPS / (machine.tensor_cores * machine.mma)
         return {
             "memory": self.memory / machine.memory,
-            "L2": (self.read - self.repeated + self.written) / machine.l2,
-            "tensor cores": self.products * PRODUCT_FLOPS / (machine.tensor_cores * machine.mma),
+            "L2": self.last * (self.read - self.repeated + self.written) / machine.l2,
+            "tensor cores": self.last * products,
             "fp32": self.flops / machine.fp32,
             "launch": LAUNCH,
         }
@@ -191,7 +196,8 @@ def kernels_of(product: Product, multiprocessors: int) -> list[Kernel]:
 
 # csrc/block_sparse/tensor_cores.cuh
 
-TILE, DEPTH, THREADS, STAGES = 128, 32, 128, 4
+TILE, DEPTH, THREADS, STAGES, GROUP, ENDS = 128, 32, 128, 4, 8, 32
+PIECE = 24  # bytes
 RINGS = 160 << 10  # bytes on a multiprocessor
 
 
@@ -210,6 +216,36 @@ def cut(length: int, longest: int) -> list[int]:
     return [end - begin for begin, end in itertools.pairwise(ends)]
 
 
+def last(tiles: Iterable[float], slots: int) -> float:
+    """How many times as long as evenly spread work takes until all tiles are done.
+
+    Args:
+        tiles: how long each takes, in the order in which thread blocks take them as they end.
+        slots: thread blocks that run at once.
+    """
+    ends = [0.0] * slots
+    work = 0.0
+    for tile in tiles:
+        work += tile
+        heapq.heapreplace(ends, ends[0] + tile)
+    return max(ends) * slots / work if work else 1
+
+
+def in_groups(pieces: Sequence[float], parts: int) -> Iterator[float]:
+    """Tiles of pieces and parts of the batch: all pieces for some parts, then for the next."""
+    for first in range(0, parts, GROUP):
+        for piece in pieces:
+            yield from itertools.repeat(piece, min(GROUP, parts - first))
+
+
+def longest_first(lengths: Sequence[int]) -> list[list[int]]:
+    """The passes of the queue: lengths of as many bits, the largest first."""
+    passes: dict[int, list[int]] = {}
+    for length in lengths:
+        passes.setdefault(length.bit_length(), []).append(length)
+    return [passes[bits] for bits in sorted(passes, reverse=True)]
+
+
 def dsd_on_tensor_cores(p: Product, multiprocessors: int) -> list[Kernel]:
     width, inner = p.block[::-1] if p.by_columns else p.block
     parts = ceil_div(p.batch, TILE)
@@ -217,12 +253,13 @@ def dsd_on_tensor_cores(p: Product, multiprocessors: int) -> list[Kernel]:
     share = thread_blocks_at_once(width, multiprocessors)
     even = max(ceil_div(p.n_blocks * parts, share), ceil_div(1024, inner))
     cuts = p.n_blocks // even if even < most else 0
-    pieces = [cut(len(line), min(even, most)) for line in p.lines]
+    lines = [cut(len(line), min(even, most)) for line in p.lines]
+    pieces = list(itertools.chain(*lines))
     word = 8 if p.by_columns else 4  # of the pattern, for a block: with its position
-    # Every thread finds its piece: two of ptr, and the line of all but the first ones.
-    found = cuts * (8 + word) + len(pieces) * 8
+    # To find a piece takes two of ptr, and the line of all but the first ones.
+    found = cuts * (8 + word) + len(lines) * 8
     products = walked = 0
-    for length in itertools.chain(*pieces):
+    for length in pieces:
         products += products_of_stages(length * inner, width)
         walked += length * min(THREADS, 4 * inner)
         if p.by_columns:
@@ -230,9 +267,14 @@ def dsd_on_tensor_cores(p: Product, multiprocessors: int) -> list[Kernel]:
             idle = range(DEPTH, max(DEPTH, THREADS // of_a_row))
             walked += of_a_row * length * min(DEPTH, inner)
             walked += of_a_row * sum(depth // inner < length for depth in idle)
-    whole = sum(len(line) == 1 for line in pieces)
-    cut_pieces = sum(len(line) for line in pieces if len(line) > 1)
+    whole = sum(len(line) == 1 for line in lines)
+    cut_pieces = len(pieces) - whole
     sums, result = TILE * width * 4 * parts, p.batch * width * 2
+
+    queued = (len(lines) + cuts) * parts > share
+    passes = longest_first(pieces) if queued else [pieces]
+    moved = {n: (TILE + width) * n * inner * 2 + TILE * width * 2 for n in set(pieces)}
+    tiles = (in_groups([moved[length] for length in each], parts) for each in passes)
     multiply = Kernel(
         "multiply",
         memory=p.memory,
@@ -240,16 +282,28 @@ def dsd_on_tensor_cores(p: Product, multiprocessors: int) -> list[Kernel]:
         written=whole * result + cut_pieces * sums,
         looked_up=parts * (THREADS * found + walked * word),
         products=parts * products,
+        last=last(itertools.chain(*tiles), share),
     )
-    if cuts == 0:
-        return [multiply]
-    add = Kernel(
-        "add",
-        read=cut_pieces * sums,
-        written=(len(pieces) - whole) * result,
-        looked_up=cuts * parts * TILE * width // 8 * (8 + word),
-    )
-    return [multiply, add]
+    kernels = [multiply]
+    if queued:
+        # A thread counts, all of them read the ends of the passes and the piece.
+        turns, tile_count = parts * len(pieces) + share, parts * len(pieces)
+        looked_up = THREADS * (4 * turns + PIECE * tile_count) + 4 * turns
+        kernels = [
+            Kernel("schedule", written=4 * (1 + ENDS) + PIECE * len(pieces), looked_up=2 * found),
+            multiply._replace(
+                written=multiply.written + 4 * turns, looked_up=looked_up + parts * walked * word
+            ),
+        ]
+    if cuts:
+        add = Kernel(
+            "add",
+            read=cut_pieces * sums,
+            written=(len(lines) - whole) * result,
+            looked_up=cuts * parts * TILE * width // 8 * (8 + word),
+        )
+        kernels.append(add)
+    return kernels
 
 
 def dw_on_tensor_cores(p: Product, multiprocessors: int) -> list[Kernel]:
@@ -258,7 +312,8 @@ def dw_on_tensor_cores(p: Product, multiprocessors: int) -> list[Kernel]:
     cuts = p.n_blocks // longest
     items = len(p.lines) + cuts
     most = max(1, p.batch // 512)
-    parts = min(max(thread_blocks_at_once(width, multiprocessors) // items, 1), most)
+    share = thread_blocks_at_once(width, multiprocessors)
+    parts = min(max(share // items, 1), most)
     rows = ceil_div(ceil_div(p.batch, parts), DEPTH) * DEPTH
     parts = ceil_div(p.batch, rows)
     pieces = sum(len(cut(len(line), longest)) for line in p.lines if line)
@@ -273,6 +328,7 @@ def dw_on_tensor_cores(p: Product, multiprocessors: int) -> list[Kernel]:
         written=result if parts == 1 else sums,
         looked_up=parts * (THREADS * found + p.n_blocks * inner * 4) + edges * (parts == 1),
         products=pieces * sum(products_of_stages(depth, width) for depth in depths),
+        last=last(itertools.chain(*([depth] * pieces for depth in depths)), share),
     )
     if parts == 1:
         return [multiply]

@@ -151,6 +151,22 @@ def test_operands_that_are_not_aligned(
     replace(case, x=moved(case.x), dy=moved(case.dy), values=values).check(emulated)
 
 
+# More tiles than run at once, in two groups of the batch; lines from empty to full, and cut.
+@pytest.mark.parametrize("product", [FORWARD, DX])
+@pytest.mark.parametrize("seed", [0, 1, 2])  # of schedules; bfloat16 and float16
+def test_thread_blocks_take_tiles_from_a_queue(
+    emulated: EmulatedOps, product: str, seed: int
+) -> None:
+    mask = torch.cat([some(1, 200, density, seed) for density in (0.0, 0.01, 1.0, 0.1, 0.03)])
+    shape, block = (40, 1600), (8, 8)
+    if product == DX:
+        mask, shape = mask.t(), shape[::-1]
+    emulated.emulator.set_seed(seed)
+    before = emulated.emulator.counters().launches
+    Case.of(1100, shape, block, mask, seed).check(emulated, product)
+    assert emulated.emulator.counters().launches == before + 3  # schedule, multiply, add
+
+
 def test_infinite_gradients_do_not_leak_beyond_the_edge(emulated: EmulatedOps) -> None:
     case = Case.of(8, (20, 27), (16, 32), torch.tensor([[True], [True]]))
     dy = torch.full_like(case.dy, torch.inf)

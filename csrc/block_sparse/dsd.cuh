@@ -102,7 +102,7 @@ __device__ void multiply_chunk(const Dsd& a, unsigned chunk, const Compute<T>* t
   const T* const values = static_cast<const T*>(a.values);
   for (;;) {
     const unsigned pending =
-        __ballot_sync(kAll, next_feature(lines, group) - chunk < Sizes::kChunk);
+        __ballot_sync(kAllLanes, next_feature(lines, group) - chunk < Sizes::kChunk);
     if (pending == 0) break;
     int count = 0;  // of the lane's group
     for (unsigned rest = pending; rest != 0; rest &= rest - 1) {
@@ -123,7 +123,7 @@ __device__ void multiply_chunk(const Dsd& a, unsigned chunk, const Compute<T>* t
     __syncwarp();
 #pragma unroll
     for (int r = 0; r < Sizes::kGroups; ++r) {
-      const int found = __shfl_sync(kAll, count, r);
+      const int found = __shfl_sync(kAllLanes, count, r);
       const int* const key = keys + r * 32;
       const Compute<T>* const weight = weights + r * 32 * kGroup;
       int e = 0;

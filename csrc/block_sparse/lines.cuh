@@ -10,7 +10,6 @@ namespace secateur::block_sparse::CUDA::simt {
 namespace {
 
 constexpr int kWarps = kThreads / 32;
-constexpr unsigned kAll = 0xffffffffu;   // lanes
 constexpr unsigned kNone = 0xffffffffu;  // no feature
 
 // ---------------------------------------------------------------- the left operand
@@ -235,9 +234,9 @@ __device__ inline unsigned next_feature(const Lines& a, const Group& group) {
 
 // What lane `r` of the warp knows.
 __device__ inline Group group_of_lane(const Group& group, int r) {
-  return {__shfl_sync(kAll, group.line, r), __shfl_sync(kAll, group.j, r),
-          __shfl_sync(kAll, group.block, r), __shfl_sync(kAll, group.next, r),
-          __shfl_sync(kAll, group.end, r)};
+  return {__shfl_sync(kAllLanes, group.line, r), __shfl_sync(kAllLanes, group.j, r),
+          __shfl_sync(kAllLanes, group.block, r), __shfl_sync(kAllLanes, group.next, r),
+          __shfl_sync(kAllLanes, group.end, r)};
 }
 
 // Calls f(element) in lane i with the group's i-th element to come, if it lies in the chunk of
@@ -252,16 +251,16 @@ __device__ int for_elements(const Lines& a, const Group& group, unsigned chunk, 
     here = e.feature - chunk < size;
     if (here) f(e);
   }
-  return __popc(__ballot_sync(kAll, here));
+  return __popc(__ballot_sync(kAllLanes, here));
 }
 
 // The least that any thread of the block brings, told to all. Orders as __syncthreads() does;
 // callers meet at another barrier before they call again.
 __device__ inline unsigned block_min(unsigned value, unsigned (&slots)[kWarps]) {
-  value = __reduce_min_sync(kAll, value);
+  value = __reduce_min_sync(kAllLanes, value);
   if (threadIdx.x % 32 == 0) slots[threadIdx.x / 32] = value;
   __syncthreads();
-  return __reduce_min_sync(kAll, slots[threadIdx.x % kWarps]);
+  return __reduce_min_sync(kAllLanes, slots[threadIdx.x % kWarps]);
 }
 
 }  // namespace

@@ -131,7 +131,7 @@ __device__ C sum_over_lanes(const C (&sums)[2 * kHalf]) {
 #pragma unroll
   for (int i = 0; i < kHalf; ++i) {
     const C kept = upper ? sums[i + kHalf] : sums[i], given = upper ? sums[i] : sums[i + kHalf];
-    halves[i] = kept + __shfl_xor_sync(kAll, given, kHalf);
+    halves[i] = kept + __shfl_xor_sync(kAllLanes, given, kHalf);
   }
   if constexpr (kHalf == 1)
     return halves[0];
@@ -152,7 +152,7 @@ __device__ void sample_chunk(const Sdd& a, unsigned chunk, int first, const Comp
   const int lane = threadIdx.x % 32;
   for (;;) {
     const unsigned pending =
-        __ballot_sync(kAll, next_feature(lines, group) - chunk < Sizes::kChunk);
+        __ballot_sync(kAllLanes, next_feature(lines, group) - chunk < Sizes::kChunk);
     if (pending == 0) break;
     for (unsigned rest = pending; rest != 0; rest &= rest - 1) {
       const int r = __ffs(static_cast<int>(rest)) - 1;

@@ -19,14 +19,17 @@
 // that is 350, 235, 140, 78 and 41 TFLOP/s, all below what its mma.sync can do. Shared memory is no
 // narrower: warp tiles of 64 x 64, 64 x 32 and 32 x b do 32, 21 and 32 b / (32 + b) FLOP for each
 // byte they read, and a multiprocessor reads 128 bytes a clock of it where L2 gives it some 25.
-// Four warps a thread block. Of these an A100's multiprocessor holds 2, 3, 4, 4 and 4, an H100's 2,
-// 4, 5, 6 and 6: registers are the limit for 128, shared memory for the others. Three stages of
-// each are on their way: some 100 KB and more, where 20 KB hide a latency of 800 clocks.
+// Four warps a thread block. Of these an A100's multiprocessor holds 2, 3, 4, 4 and 4, which is how
+// many a queue is given on any GPU; an H100's has room for 2, 3 or 4, 5, 6 and 6: registers are the
+// limit for 128 and 64, shared memory for the others. Three stages of each are on their way: some
+// 100 KB and more, where 20 KB hide a latency of 800 clocks.
 //
-// Balance: a line that is longer than its share of the machine is cut into pieces, which come first
-// and whose sums a second kernel adds up in order. That takes the number of live blocks, which the
-// host knows, and ptr, which never leaves the device. A piece is a thread block: the hardware gives
-// them out as others end, and those beside it on a multiprocessor hide how its ring fills.
+// Balance: a line that is longer than its share of the machine is cut into pieces, whose sums a
+// second kernel adds up in order. That takes the number of live blocks, which the host knows, and
+// ptr, which never leaves the device. Where not all tiles run at once, thread blocks stay and take
+// one after the other from a queue, long pieces first, or a long one that comes late would keep the
+// machine waiting (bench/roofline.py plays both). Tiles of dW are all of one length: the hardware
+// gives them out. The thread blocks beside one on a multiprocessor hide how its ring fills.
 #include <limits>
 
 #include "block_sparse/block_sparse.h"
@@ -47,6 +50,22 @@ constexpr int kGroup = 8;               // tiles of the batch that take turns at
 constexpr int kMinPiece = 1024;         // features: a shorter piece saves less than its sums cost
 constexpr int kMinPart = 512;           // rows of the batch, likewise for dW
 constexpr int kShared = 160 << 10;      // bytes of the rings on a multiprocessor, of an A100
+constexpr int kPasses = 32;             // of the queue: a lane each
+constexpr int kScheduling = 512;        // threads that fill it
+
+// Neighbouring blocks of a line: [begin, end).
+struct Piece {
+  int line, begin, end;
+  int number, count;  // of the pieces of its line
+  int slot;           // for its sums; consecutive ones for the pieces of a line
+};
+
+// Tiles that thread blocks take one after the other: pass by pass, of the longest pieces first. The
+// lengths of a pass have as many bits, so that two of them differ by less than a factor of two.
+struct Queue {
+  int taken;          // tiles
+  int ends[kPasses];  // of the passes, in pieces
+};
 
 // A product as its kernels see it.
 struct Work {
@@ -71,6 +90,9 @@ struct Work {
   int parts;           // of the batch, each
   int rows_of_a_part;  // so many rows: of one tile, but for dW
   float* sums;         // tiles that are yet to be added up
+  int thread_blocks;
+  Queue* queue;   // null: every tile has a thread block
+  Piece* pieces;  // of the queue
 
   __host__ __device__ int items() const { return lines + cuts; }
 };
@@ -146,13 +168,6 @@ struct Tile {
 
 // ---------------------------------------------------------------- who does what
 
-// Neighbouring blocks of a line: [begin, end).
-struct Piece {
-  int line, begin, end;
-  int number, count;  // of the pieces of its line
-  int slot;           // for its sums; consecutive ones for the pieces of a line
-};
-
 // Items are the second and further pieces of lines, and then the first ones. Every longest-th block
 // brings a further piece to the line it is in; where that line is too short to need it: false.
 __device__ bool find(const Work& w, int item, Piece& piece) {
@@ -171,6 +186,67 @@ __device__ bool find(const Work& w, int item, Piece& piece) {
   piece.end = begin + static_cast<int>(int64_t{length} * (piece.number + 1) / piece.count);
   piece.slot = 2 * cut + piece.number;
   return piece.number < piece.count;
+}
+
+__device__ int pass_of(const Piece& piece) {
+  const int length = piece.end - piece.begin;
+  return length > 0 ? __clz(length) - 1 : kPasses - 1;
+}
+
+// Fills the queue. One thread block, whose atomics leave the order within a pass open; results do
+// not depend on it.
+__global__ void __launch_bounds__(kScheduling) schedule_kernel(const __grid_constant__ Work w) {
+  SECATEUR_SHARED(int, places, kPasses);
+  const int thread = static_cast<int>(threadIdx.x);
+  const auto for_pieces = [&](auto&& f) {
+    Piece piece;
+    for (int item = thread; item < w.items(); item += kScheduling)
+      if (find(w, item, piece)) f(piece);
+  };
+  if (thread < kPasses) places[thread] = 0;
+  __syncthreads();
+  for_pieces([&](const Piece& piece) { atomicAdd(&places[pass_of(piece)], 1); });
+  __syncthreads();
+  if (thread < kPasses) {
+    const int count = places[thread];
+    int end = count;
+    for (int step = 1; step < kPasses; step *= 2) {
+      const int before = __shfl_up_sync(kAllLanes, end, step);
+      if (thread >= step) end += before;
+    }
+    places[thread] = end - count;
+    w.queue->ends[thread] = end;
+    if (thread == 0) w.queue->taken = 0;
+  }
+  __syncthreads();
+  for_pieces([&](const Piece& piece) { w.pieces[atomicAdd(&places[pass_of(piece)], 1)] = piece; });
+}
+
+// A tile of the pieces of a pass, all of them for a group of the parts of the batch and then for
+// the next: L2 is to hold what a group needs of X (dY), as every line reads it again.
+struct Turn {
+  int piece, part;
+
+  __device__ Turn(const Work& w, int tile, int pieces) {
+    const int group = tile / (kGroup * pieces), at = tile % (kGroup * pieces);
+    const int rest = w.parts - group * kGroup, size = rest < kGroup ? rest : kGroup;
+    piece = at / size;
+    part = group * kGroup + at % size;
+  }
+};
+
+// The next tile of the queue; false if there is none left. Called by whole warps.
+__device__ bool look_up(const Work& w, int tile, Piece& piece, int& part) {
+  const int end = w.queue->ends[threadIdx.x % kPasses];
+  const unsigned over = __ballot_sync(kAllLanes, end * w.parts <= tile);
+  if (over == kAllLanes) return false;
+  const int pass = __popc(over);
+  const int last = __shfl_sync(kAllLanes, end, pass);
+  const int first = pass > 0 ? __shfl_sync(kAllLanes, end, pass - 1) : 0;
+  const Turn turn(w, tile - first * w.parts, last - first);
+  piece = w.pieces[first + turn.piece];
+  part = turn.part;
+  return true;
 }
 
 // Rows [row, row + rows) of the batch.
@@ -485,26 +561,10 @@ __device__ void arrange(const typename Tile<N>::Sums& sums, float* results) {
     }
 }
 
-template <typename T, template <typename, int> typename Product, int N>
-__global__ void __launch_bounds__(kThreads) multiply_kernel(const __grid_constant__ Work w) {
-  using P = Product<T, N>;
-  SECATEUR_DYNAMIC_SHARED(T, ring);
-  const int block = static_cast<int>(blockIdx.x), items = w.items();
-  int item, number;  // of the piece, of the part
-  if constexpr (P::kSumsBatch) {
-    item = block % items;
-    number = block / items;
-  } else {
-    // L2 is to hold what a group of tiles needs of X (dY): every line reads it again.
-    const int group = block / (kGroup * items), at = block % (kGroup * items);
-    const int rest = w.parts - group * kGroup, size = rest < kGroup ? rest : kGroup;
-    item = at / size;
-    number = group * kGroup + at % size;
-  }
-  Piece piece;
-  if (!find(w, item, piece) || (P::kSumsBatch && piece.begin == piece.end)) return;
-  const Part part = part_of(w, number);
-
+// A tile, to the result or, if others are to be added to it, to place `slot` of the sums.
+template <typename T, typename P, int N>
+__device__ void multiply_tile(const Work& w, const Piece& piece, const Part& part, bool whole,
+                              int64_t slot, T* ring) {
   P product(w, piece, part);
   const int stages = (product.depth() + kDepth - 1) / kDepth;
   const auto stage = [&](int i) { return ring + i % kStages * Tile<N>::kStage; };
@@ -527,9 +587,6 @@ __global__ void __launch_bounds__(kThreads) multiply_kernel(const __grid_constan
   float* const results = reinterpret_cast<float*>(ring);
   arrange<P, N>(sums, results);
   __syncthreads();
-  const bool whole = P::kSumsBatch ? w.parts == 1 : piece.count == 1;
-  const int64_t slot =
-      P::kSumsBatch ? int64_t{number} * items + item : int64_t{piece.slot} * w.parts + number;
   float4* const to = reinterpret_cast<float4*>(w.sums) + slot * (kRows * N / 4);
   constexpr int kCols = P::kSumsBatch ? kRows : N;
   for (int i = threadIdx.x; i < kRows * N / kChunk; i += kThreads) {
@@ -544,6 +601,37 @@ __global__ void __launch_bounds__(kThreads) multiply_kernel(const __grid_constan
       to[2 * i] = low;
       to[2 * i + 1] = high;
     }
+  }
+}
+
+template <typename T, template <typename, int> typename Product, int N>
+__global__ void __launch_bounds__(kThreads) multiply_kernel(const __grid_constant__ Work w) {
+  using P = Product<T, N>;
+  SECATEUR_DYNAMIC_SHARED(T, ring);
+  const int block = static_cast<int>(blockIdx.x), items = w.items();
+  Piece piece;
+  if constexpr (P::kSumsBatch) {
+    const int item = block % items, number = block / items;
+    if (find(w, item, piece) && piece.begin < piece.end)
+      multiply_tile<T, P, N>(w, piece, part_of(w, number), w.parts == 1,
+                             int64_t{number} * items + item, ring);
+  } else {
+    SECATEUR_SHARED(int, next, 1);
+    do {
+      int number;  // of the part
+      if (w.queue) {
+        if (threadIdx.x == 0) *next = atomicAdd(&w.queue->taken, 1);
+        __syncthreads();
+        if (!look_up(w, *next, piece, number)) return;
+      } else {
+        const Turn turn(w, block, items);
+        if (!find(w, turn.piece, piece)) return;
+        number = turn.part;
+      }
+      multiply_tile<T, P, N>(w, piece, part_of(w, number), piece.count == 1,
+                             int64_t{piece.slot} * w.parts + number, ring);
+      __syncthreads();  // ring and next are free again
+    } while (w.queue);
   }
 }
 
@@ -670,7 +758,7 @@ Plan plan_of(const Problem& p, Workspace& space) {
   w.activation = p.activation;
   w.out = sums_batch ? p.dw : p.out;
 
-  // As many thread blocks as run at once.
+  // Thread blocks that run at once.
   const int64_t share = kShared / ring_bytes(w.width) * multiprocessors();
   int64_t tiles;  // of sums
   if (sums_batch) {
@@ -692,6 +780,12 @@ Plan plan_of(const Problem& p, Workspace& space) {
     tiles = int64_t{2} * w.cuts * w.parts;
   }
   w.sums = static_cast<float*>(space.take(tiles * kRows * w.width * sizeof(float)));
+  w.thread_blocks = w.items() * w.parts;
+  if (!sums_batch && w.thread_blocks > share) {
+    w.thread_blocks = static_cast<int>(share);
+    w.queue = static_cast<Queue*>(space.take(sizeof(Queue)));
+    w.pieces = static_cast<Piece*>(space.take(w.items() * sizeof(Piece)));
+  }
   return plan;
 }
 
@@ -701,7 +795,8 @@ void launch(const Work& w, void* stream) {
   if constexpr (ring_bytes(N) > 48 << 10)
     cudaFuncSetAttribute(multiply_kernel<T, Product, N>,
                          cudaFuncAttributeMaxDynamicSharedMemorySize, ring_bytes(N));
-  SECATEUR_LAUNCH((multiply_kernel<T, Product, N>), w.items() * w.parts, kThreads, ring_bytes(N),
+  if (w.queue) SECATEUR_LAUNCH(schedule_kernel, 1, kScheduling, 0, stream, w);
+  SECATEUR_LAUNCH((multiply_kernel<T, Product, N>), w.thread_blocks, kThreads, ring_bytes(N),
                   stream, w);
   const int sums = kSumsBatch ? w.parts > 1 ? w.items() : 0 : w.cuts * w.parts;
   if (sums > 0)

@@ -8,10 +8,15 @@
 namespace secateur {
 namespace {
 
-constexpr int kThreads = 256;   // of a block
-constexpr int kLoadBytes = 16;  // the most that a thread loads or stores at once
+constexpr int kThreads = 256;                // of a block
+constexpr int kLoadBytes = 16;               // the most that a thread loads or stores at once
+constexpr unsigned kAllLanes = 0xffffffffu;  // of a warp
 // Some rounds on every multiprocessor; beyond, blocks loop, and report less often what they found.
-constexpr int64_t kMaxBlocks = 4096;
+// The emulator has fewer, so that they loop in most of its tests.
+#ifndef SECATEUR_MAX_BLOCKS
+#define SECATEUR_MAX_BLOCKS 4096
+#endif
+constexpr int64_t kMaxBlocks = SECATEUR_MAX_BLOCKS;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

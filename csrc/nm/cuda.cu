@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kThreads)
         for (int j = from; j < to; ++j) better += j < i ? keys[j] >= own : keys[j] > own;
         kept = better < a.n;
       }
-      const uint32_t word = __ballot_sync(0xffffffffu, kept);
+      const uint32_t word = __ballot_sync(kAllLanes, kept);
       // The first four lanes write a byte each.
       const int at = i - lane + kByte * lane;
       if (lane < 4 && at < count)

@@ -89,18 +89,24 @@ struct Entry {
   int64_t first_tile;
 };
 
-// A thread block for every tile of its tensors.
 template <typename Tensor>
 struct Table {
-  // A kernel has 4 KB of parameters, of which the rest of the table takes 8 bytes.
-  static constexpr int kCapacity = (4096 - 8) / sizeof(Entry<Tensor>);
+  // A kernel has 4 KB of parameters, of which the rest of the table takes 16 bytes.
+  static constexpr int kCapacity = (4096 - 16) / sizeof(Entry<Tensor>);
+  int64_t tiles;
   int32_t count;
   Entry<Tensor> entries[kCapacity];
-
-  __device__ const Entry<Tensor>& entry() const {
-    return entries[find<&Entry<Tensor>::first_tile>(entries, count, blockIdx.x)];
-  }
 };
+
+// Calls f(entry, tile of its tensor) for the tiles of a thread block.
+template <typename Tensor, typename F>
+__device__ void for_tiles(const Table<Tensor>& table, F&& f) {
+  for (int64_t tile = blockIdx.x; tile < table.tiles; tile += gridDim.x) {
+    const Entry<Tensor>& entry =
+        table.entries[find<&Entry<Tensor>::first_tile>(table.entries, table.count, tile)];
+    f(entry, tile - entry.first_tile);
+  }
+}
 
 // Scores N elements from `index` on, and writes the new state where there is one.
 template <typename A, typename T, int N>
@@ -122,38 +128,40 @@ __device__ void score_elements(const A& a, Mode mode, Operands<T, N> x, int64_t 
 template <typename S, Mode M>
 __global__ void __launch_bounds__(kThreads)
     elements_kernel(const __grid_constant__ Table<Flat> table) {
-  const Entry<Flat>& entry = table.entry();
-  const Flat& a = entry.tensor;
-  constexpr int n = kVector<S>;
-  const int64_t numel = a.n_rows * a.n_cols, whole = numel / n;
-  const int64_t first = (blockIdx.x - entry.first_tile) * kThreads * kUnroll + threadIdx.x;
-  PackedOperands<S, n> packed[kUnroll];
+  for_tiles(table, [](const Entry<Flat>& entry, int64_t tile) {
+    const Flat& a = entry.tensor;
+    constexpr int n = kVector<S>;
+    const int64_t numel = a.n_rows * a.n_cols, whole = numel / n;
+    const int64_t first = tile * kThreads * kUnroll + threadIdx.x;
+    PackedOperands<S, n> packed[kUnroll];
 #pragma unroll
-  for (int k = 0; k < kUnroll; ++k)
-    if (first + k * kThreads < whole) packed[k].load(a.inputs, (first + k * kThreads) * n);
+    for (int k = 0; k < kUnroll; ++k)
+      if (first + k * kThreads < whole) packed[k].load(a.inputs, (first + k * kThreads) * n);
 #pragma unroll
-  for (int k = 0; k < kUnroll; ++k)
-    if (first + k * kThreads < whole)
-      score_elements(a, M, packed[k].widened(), (first + k * kThreads) * n);
-  if (first < numel - whole * n)  // the elements after the last whole vector
-    score_elements(a, M, load_first<S, 1>(a.inputs, whole * n + first, 1), whole * n + first);
+    for (int k = 0; k < kUnroll; ++k)
+      if (first + k * kThreads < whole)
+        score_elements(a, M, packed[k].widened(), (first + k * kThreads) * n);
+    if (first < numel - whole * n)  // the elements after the last whole vector
+      score_elements(a, M, load_first<S, 1>(a.inputs, whole * n + first, 1), whole * n + first);
+  });
 }
 
 // Inputs of any layout, by any mode. The 2 is as in blocks_kernel.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2)
     strided_kernel(const __grid_constant__ Table<Args> table) {
-  const Entry<Args>& entry = table.entry();
-  const Args& a = entry.tensor;
-  const int64_t numel = a.n_rows * a.n_cols;
-  const int64_t first = (blockIdx.x - entry.first_tile) * kThreads * kElements + threadIdx.x;
-  Operands<T, 1> x[kElements];
+  for_tiles(table, [](const Entry<Args>& entry, int64_t tile) {
+    const Args& a = entry.tensor;
+    const int64_t numel = a.n_rows * a.n_cols;
+    const int64_t first = tile * kThreads * kElements + threadIdx.x;
+    Operands<T, 1> x[kElements];
 #pragma unroll
-  for (int k = 0; k < kElements; ++k)
-    if (first + k * kThreads < numel) x[k] = load_one<T>(a.inputs, first + k * kThreads);
+    for (int k = 0; k < kElements; ++k)
+      if (first + k * kThreads < numel) x[k] = load_one<T>(a.inputs, first + k * kThreads);
 #pragma unroll
-  for (int k = 0; k < kElements; ++k)
-    if (first + k * kThreads < numel) score_elements(a, a.mode, x[k], first + k * kThreads);
+    for (int k = 0; k < kElements; ++k)
+      if (first + k * kThreads < numel) score_elements(a, a.mode, x[k], first + k * kThreads);
+  });
 }
 
 // The part of a matrix that a tile holds; none with no rows or columns.
@@ -280,7 +288,7 @@ __device__ void for_combine(Reduce reduce, F&& f) {
 template <Reduce R, typename T>
 __device__ T halve(T lane, int count) {
   for (int half = count / 2; half > 0; half /= 2)
-    lane = combine<R>(lane, __shfl_down_sync(0xffffffffu, lane, half, count));
+    lane = combine<R>(lane, __shfl_down_sync(kAllLanes, lane, half, count));
   return lane;
 }
 
@@ -294,20 +302,17 @@ __device__ T score_of(Reduce reduce, T sum, int64_t count) {
 // `x`, but no more than fits.
 __device__ int at_most(int limit, int64_t x) { return x < limit ? static_cast<int>(x) : limit; }
 
+// A tile of blocks_kernel.
 template <typename Loader>
-__global__ void __launch_bounds__(kThreads, Loader::kMinBlocks)
-    blocks_kernel(const __grid_constant__ Table<typename Loader::Tensor> table) {
-  const auto& entry = table.entry();
+__device__ void reduce_blocks(const Entry<typename Loader::Tensor>& entry, unsigned tile_index,
+                              Compute<typename Loader::Stored>* tile) {
   const auto& a = entry.tensor;
   const Tiling& t = entry.tiling;
   using S = Loader::Stored;
   using T = Compute<S>;
-  SECATEUR_SHARED(uint4, shared, kTile<S> * sizeof(T) / sizeof(uint4));
-  T* const tile = reinterpret_cast<T*>(shared);
   const int width = 1 << t.log_width, cols = static_cast<int>(a.cols);
   const int strip_rows = at_most(kTile<S> >> t.log_width, a.rows);
   const int height = t.strips * strip_rows;
-  const auto tile_index = static_cast<unsigned>(blockIdx.x - entry.first_tile);
   const int64_t strip = int64_t{tile_index / t.across} * t.strips;
   const int64_t col = int64_t{tile_index % t.across} * t.blocks * cols;
   int64_t rows = min(t.strips * a.rows, a.n_rows - strip * a.rows);  // to come
@@ -360,22 +365,29 @@ __global__ void __launch_bounds__(kThreads, Loader::kMinBlocks)
   });
 }
 
-// Row i of the inputs stands for the i-th strip of args.rows rows.
 template <typename Loader>
 __global__ void __launch_bounds__(kThreads, Loader::kMinBlocks)
-    rows_kernel(const __grid_constant__ Table<typename Loader::Tensor> table) {
-  const auto& entry = table.entry();
+    blocks_kernel(const __grid_constant__ Table<typename Loader::Tensor> table) {
+  using S = Loader::Stored;
+  using T = Compute<S>;
+  SECATEUR_SHARED(uint4, shared, kTile<S> * sizeof(T) / sizeof(uint4));
+  for_tiles(table, [&](const auto& entry, int64_t tile) {
+    reduce_blocks<Loader>(entry, static_cast<unsigned>(tile), reinterpret_cast<T*>(shared));
+    __syncthreads();  // the next tile takes its place
+  });
+}
+
+// A tile of rows_kernel. Row i of the inputs stands for the i-th strip of args.rows rows.
+template <typename Loader>
+__device__ void reduce_rows(const Entry<typename Loader::Tensor>& entry, unsigned tile_index,
+                            Compute<typename Loader::Stored>* tile) {
   const auto& a = entry.tensor;
   const Tiling& t = entry.tiling;
   using S = Loader::Stored;
   using T = Compute<S>;
   // Rows are apart by half of the banks more than a multiple, so that two of them serve a warp.
-  constexpr int size = kTile<S> + kMaxStrips * kReduceLanes;
-  SECATEUR_SHARED(uint4, shared, size * sizeof(T) / sizeof(uint4));
-  T* const tile = reinterpret_cast<T*>(shared);
   const int width = 1 << t.log_width, stride = width + kReduceLanes;
   const int s = threadIdx.x / kReduceLanes, lane = threadIdx.x % kReduceLanes;
-  const auto tile_index = static_cast<unsigned>(blockIdx.x - entry.first_tile);
   const int64_t strip = int64_t{tile_index / t.across} * t.strips;
   const int64_t col = tile_index % t.across * a.cols;
   int64_t cols = min(a.cols, a.n_cols - col);  // to come
@@ -406,6 +418,18 @@ __global__ void __launch_bounds__(kThreads, Loader::kMinBlocks)
   }
 }
 
+template <typename Loader>
+__global__ void __launch_bounds__(kThreads, Loader::kMinBlocks)
+    rows_kernel(const __grid_constant__ Table<typename Loader::Tensor> table) {
+  using S = Loader::Stored;
+  using T = Compute<S>;
+  constexpr int size = kTile<S> + kMaxStrips * kReduceLanes;
+  SECATEUR_SHARED(uint4, shared, size * sizeof(T) / sizeof(uint4));
+  for_tiles(table, [&](const auto& entry, int64_t tile) {
+    reduce_rows<Loader>(entry, static_cast<unsigned>(tile), reinterpret_cast<T*>(shared));
+  });
+}
+
 int log2_ceil(int64_t x) { return std::bit_width(static_cast<uint64_t>(x - 1)); }
 
 // What a pass does on one tensor: `launch` takes it, and others of the same, as tables.
@@ -416,48 +440,47 @@ struct Work {
   int64_t tiles;
 };
 
-// Calls f(table, tiles) for as many tables as it takes.
+// Calls f(table, thread blocks) for as many tables as it takes.
 template <typename Tensor, typename F>
 void for_tables(std::span<const Work> works, F&& f) {
   static_assert(sizeof(Table<Tensor>) <= 4096);
   Table<Tensor> table{};
-  int64_t tiles = 0;
   for (const Work& work : works) {
     if (table.count == Table<Tensor>::kCapacity) {
-      f(table, static_cast<unsigned>(tiles));
-      tiles = table.count = 0;
+      f(table, blocks_for(table.tiles));
+      table.tiles = table.count = 0;
     }
-    table.entries[table.count++] = {Tensor(work.args), work.tiling, tiles};
-    tiles += work.tiles;
+    table.entries[table.count++] = {Tensor(work.args), work.tiling, table.tiles};
+    table.tiles += work.tiles;
   }
-  f(table, static_cast<unsigned>(tiles));
+  f(table, blocks_for(table.tiles));
 }
 
 template <typename S, Mode M>
 void launch_elements(std::span<const Work> works, void* stream) {
-  for_tables<Flat>(works, [&](const Table<Flat>& table, unsigned tiles) {
-    SECATEUR_LAUNCH((elements_kernel<S, M>), tiles, kThreads, 0, stream, table);
+  for_tables<Flat>(works, [&](const Table<Flat>& table, unsigned blocks) {
+    SECATEUR_LAUNCH((elements_kernel<S, M>), blocks, kThreads, 0, stream, table);
   });
 }
 
 template <typename T>
 void launch_strided(std::span<const Work> works, void* stream) {
-  for_tables<Args>(works, [&](const Table<Args>& table, unsigned tiles) {
-    SECATEUR_LAUNCH(strided_kernel<T>, tiles, kThreads, 0, stream, table);
+  for_tables<Args>(works, [&](const Table<Args>& table, unsigned blocks) {
+    SECATEUR_LAUNCH(strided_kernel<T>, blocks, kThreads, 0, stream, table);
   });
 }
 
 template <typename Loader>
 void launch_blocks(std::span<const Work> works, void* stream) {
-  for_tables<typename Loader::Tensor>(works, [&](const auto& table, unsigned tiles) {
-    SECATEUR_LAUNCH(blocks_kernel<Loader>, tiles, kThreads, 0, stream, table);
+  for_tables<typename Loader::Tensor>(works, [&](const auto& table, unsigned blocks) {
+    SECATEUR_LAUNCH(blocks_kernel<Loader>, blocks, kThreads, 0, stream, table);
   });
 }
 
 template <typename Loader>
 void launch_rows(std::span<const Work> works, void* stream) {
-  for_tables<typename Loader::Tensor>(works, [&](const auto& table, unsigned tiles) {
-    SECATEUR_LAUNCH(rows_kernel<Loader>, tiles, kThreads, 0, stream, table);
+  for_tables<typename Loader::Tensor>(works, [&](const auto& table, unsigned blocks) {
+    SECATEUR_LAUNCH(rows_kernel<Loader>, blocks, kThreads, 0, stream, table);
   });
 }
 

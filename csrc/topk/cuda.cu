@@ -23,7 +23,6 @@ using Counter = unsigned long long;  // what atomics take
 constexpr int kByte = 8;  // elements of one byte of the mask
 constexpr int kStride = kThreads * kByte;
 constexpr int kWarps = kThreads / 32;
-constexpr uint32_t kWarp = 0xffffffffu;
 // Blocks on a multiprocessor at once: where ptxas is not told, it spills registers to have more.
 constexpr int kMinBlocks = 2;
 // A block that counts has up to kBins numbers to hand in: no more blocks than fill a GPU.
@@ -130,7 +129,7 @@ template <typename T>
 __device__ T inclusive_sum(T x) {
   const int lane = threadIdx.x % 32;
   for (int delta = 1; delta < 32; delta *= 2) {
-    const T before = __shfl_up_sync(kWarp, x, delta);
+    const T before = __shfl_up_sync(kAllLanes, x, delta);
     if (lane >= delta) x += before;
   }
   return x;
@@ -150,12 +149,12 @@ __device__ int64_t sum_before(int64_t x) {
 }
 
 __device__ void add_total(Counter* counter, uint32_t n) {
-  n = __reduce_add_sync(kWarp, n);
+  n = __reduce_add_sync(kAllLanes, n);
   if (n && threadIdx.x % 32 == 0) atomicAdd(global(counter), n);
 }
 
 __device__ void lower_to(uint32_t* value, uint32_t x) {
-  x = __reduce_min_sync(kWarp, x);
+  x = __reduce_min_sync(kAllLanes, x);
   if (x != kNoItem && threadIdx.x % 32 == 0) atomicMin(value, x);
 }
 
@@ -351,7 +350,7 @@ class Collector {
 
   // The elements of a group whose bits are set; `index` is the first one's among all items.
   __device__ void add(const K (&keys)[kByte], int64_t index, uint32_t bits) {
-    if (!__any_sync(kWarp, bits != 0)) return;
+    if (!__any_sync(kAllLanes, bits != 0)) return;
     const int count = __popc(bits);
     const int sum = inclusive_sum(count);
     int at = held_ + sum - count;
@@ -362,7 +361,7 @@ class Collector {
         indices_[at++] = index + i;
       }
     }
-    held_ += __shfl_sync(kWarp, sum, 31);
+    held_ += __shfl_sync(kAllLanes, sum, 31);
     if (held_ > kHeld) flush();
   }
 
@@ -371,7 +370,7 @@ class Collector {
     const int lane = threadIdx.x % 32;
     Counter first = 0;
     if (lane == 0) first = atomicAdd(&job_.state->pooled, static_cast<Counter>(held_));
-    first = __shfl_sync(kWarp, first, 0);
+    first = __shfl_sync(kAllLanes, first, 0);
     __syncwarp();
     for (int i = lane; i < held_; i += 32) {
       const int64_t at = static_cast<int64_t>(first) + i;

@@ -57,6 +57,7 @@ FLAGS = (
     "-fno-gnu-unique",  # two libraries in one process share nothing
     "-ffp-contract=off",
     "-DSECATEUR_CUDA_EMULATOR",
+    "-DSECATEUR_MAX_BLOCKS=5",
     *(f"-I{path}" for path in INCLUDES),
 )
 PLAIN = "-O2"
