@@ -11,11 +11,12 @@ kernels:
   fp32          multiply-adds outside of tensor cores
   launch        no kernel is over sooner after the one before
 
-On tensor cores the last thread block to end counts: tiles are dealt out as the kernel does it, each
-as long as the bytes it moves. What else makes kernels slower is left out: shared memory, which
-bounds single weights, the last wave of other kernels, latency, integer work. ``x peak`` is how many times faster than a dense
-product that reaches the peak of the data sheet, ``x dense`` than one at the share of it that is
-usual. The least certain number is the bandwidth of L2; ``--l2`` asks what another one would make.
+On tensor cores the thread block that ends last counts: tiles are dealt out as the kernel does it,
+each as long as the bytes that it moves. What else makes kernels slower is left out: shared memory,
+which bounds single weights, the last wave of other kernels, latency, integer work. ``x peak`` is
+how many times faster than a dense product that reaches the peak of the data sheet, ``x dense`` than
+one at the share of it that is usual. The least certain number is the bandwidth of L2; ``--l2`` asks
+what another one would make.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import heapq
 import itertools
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -91,7 +92,7 @@ class Kernel(NamedTuple):
         looked_up: bytes of the pattern that threads load, which L1 and broadcasts serve.
         products: mma.sync m16n8k16.
         flops: outside of tensor cores.
-        last: how many times as long as with all thread blocks busy to the end it takes.
+        last: how many times as long it takes as with all thread blocks busy to the end.
         counted: whether the emulator counts it: it does not see memset.
     """
 
@@ -275,26 +276,27 @@ def dsd_on_tensor_cores(p: Product, multiprocessors: int) -> list[Kernel]:
     passes = longest_first(pieces) if queued else [pieces]
     moved = {n: (TILE + width) * n * inner * 2 + TILE * width * 2 for n in set(pieces)}
     tiles = (in_groups([moved[length] for length in each], parts) for each in passes)
+    counted = 0  # bytes, by atomics
+    looked_up = parts * THREADS * found
+    if queued:
+        # In a turn one thread counts, and all read the ends of the passes and, if any is left, the
+        # piece.
+        turns = parts * len(pieces) + share
+        counted = 4 * turns
+        looked_up = counted + THREADS * (4 * turns + PIECE * parts * len(pieces))
     multiply = Kernel(
         "multiply",
         memory=p.memory,
         read=p.weights // width * p.batch * 2 + parts * p.weights * 2,
-        written=whole * result + cut_pieces * sums,
-        looked_up=parts * (THREADS * found + walked * word),
+        written=whole * result + cut_pieces * sums + counted,
+        looked_up=looked_up + parts * walked * word,
         products=parts * products,
         last=last(itertools.chain(*tiles), share),
     )
     kernels = [multiply]
     if queued:
-        # A thread counts, all of them read the ends of the passes and the piece.
-        turns, tile_count = parts * len(pieces) + share, parts * len(pieces)
-        looked_up = THREADS * (4 * turns + PIECE * tile_count) + 4 * turns
-        kernels = [
-            Kernel("schedule", written=4 * (1 + ENDS) + PIECE * len(pieces), looked_up=2 * found),
-            multiply._replace(
-                written=multiply.written + 4 * turns, looked_up=looked_up + parts * walked * word
-            ),
-        ]
+        filled = 4 * (1 + ENDS) + PIECE * len(pieces)
+        kernels = [Kernel("schedule", written=filled, looked_up=2 * found), multiply]
     if cuts:
         add = Kernel(
             "add",
@@ -310,10 +312,16 @@ def dw_on_tensor_cores(p: Product, multiprocessors: int) -> list[Kernel]:
     width, inner = p.block
     longest = TILE // inner
     cuts = p.n_blocks // longest
-    items = len(p.lines) + cuts
-    most = max(1, p.batch // 512)
+    about = max(1, cuts + len(p.lines) * (longest - 1) // (2 * longest))
     share = thread_blocks_at_once(width, multiprocessors)
-    parts = min(max(share // items, 1), most)
+
+    def moved(parts: int) -> int:
+        """Bytes, by a thread block that moves the most."""
+        operands = (TILE + width) * ceil_div(p.batch, parts) * 2
+        return ceil_div(about * parts, share) * (operands + TILE * width * (8 if parts > 1 else 2))
+
+    most = min(max(2 * share // about, 1), ceil_div(p.batch, 512))
+    parts = min(range(1, most + 1), key=moved)
     rows = ceil_div(ceil_div(p.batch, parts), DEPTH) * DEPTH
     parts = ceil_div(p.batch, rows)
     pieces = sum(len(cut(len(line), longest)) for line in p.lines if line)

@@ -48,7 +48,7 @@ constexpr int kStages = 4;              // of the ring
 constexpr int kChunk = kLoadBytes / 2;  // elements
 constexpr int kGroup = 8;               // tiles of the batch that take turns at each line
 constexpr int kMinPiece = 1024;         // features: a shorter piece saves less than its sums cost
-constexpr int kMinPart = 512;           // rows of the batch, likewise for dW
+constexpr int kMinPart = 512;           // rows of the batch, about: likewise for dW
 constexpr int kShared = 160 << 10;      // bytes of the rings on a multiprocessor, of an A100
 constexpr int kPasses = 32;             // of the queue: a lane each
 constexpr int kScheduling = 512;        // threads that fill it
@@ -235,8 +235,8 @@ struct Turn {
   }
 };
 
-// The next tile of the queue; false if there is none left. Called by whole warps.
-__device__ bool look_up(const Work& w, int tile, Piece& piece, int& part) {
+// A tile of the queue; false beyond the last one. Called by whole warps.
+__device__ bool dequeue(const Work& w, int tile, Piece& piece, int& part) {
   const int end = w.queue->ends[threadIdx.x % kPasses];
   const unsigned over = __ballot_sync(kAllLanes, end * w.parts <= tile);
   if (over == kAllLanes) return false;
@@ -622,7 +622,7 @@ __global__ void __launch_bounds__(kThreads) multiply_kernel(const __grid_constan
       if (w.queue) {
         if (threadIdx.x == 0) *next = atomicAdd(&w.queue->taken, 1);
         __syncthreads();
-        if (!look_up(w, *next, piece, number)) return;
+        if (!dequeue(w, *next, piece, number)) return;
       } else {
         const Turn turn(w, block, items);
         if (!find(w, turn.piece, piece)) return;
@@ -709,6 +709,23 @@ class Workspace {
   int64_t used_ = 0;
 };
 
+// In how many parts dW is summed: as many as leave the fewest bytes to a thread block that moves
+// the most of them.
+int64_t parts_of_batch(int64_t batch, int64_t width, int64_t pieces, int64_t share) {
+  const int64_t most = std::clamp<int64_t>(2 * share / pieces, 1, ceil_div(batch, kMinPart));
+  int64_t best = 1, least = std::numeric_limits<int64_t>::max();
+  for (int64_t parts = 1; parts <= most; ++parts) {
+    const int64_t operands = (kRows + width) * ceil_div(batch, parts) * 2;
+    const int64_t results = kRows * width * (parts > 1 ? 2 * sizeof(float) : 2);
+    const int64_t bytes = ceil_div(pieces * parts, share) * (operands + results);
+    if (bytes < least) {
+      best = parts;
+      least = bytes;
+    }
+  }
+  return best;
+}
+
 struct Plan {
   Work work;
   Copy copies[2];  // of operands that are not aligned
@@ -764,8 +781,9 @@ Plan plan_of(const Problem& p, Workspace& space) {
   if (sums_batch) {
     w.longest = kRows / w.inner;
     w.cuts = static_cast<int>(p.n_blocks / w.longest);
-    const int64_t most = std::max<int64_t>(1, p.batch / kMinPart);
-    const int64_t parts = std::clamp<int64_t>(share / w.items(), 1, most);
+    // Those that are not empty, about: the last piece of a line may be of any length.
+    const int64_t pieces = w.cuts + int64_t{w.lines} * (w.longest - 1) / (2 * w.longest);
+    const int64_t parts = parts_of_batch(p.batch, w.width, std::max<int64_t>(1, pieces), share);
     w.rows_of_a_part = static_cast<int>(ceil_div(ceil_div(p.batch, parts), kDepth)) * kDepth;
     w.parts = static_cast<int>(ceil_div(p.batch, w.rows_of_a_part));
     tiles = w.parts > 1 ? int64_t{w.items()} * w.parts : 0;
