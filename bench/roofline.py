@@ -11,8 +11,9 @@ kernels:
   fp32          multiply-adds outside of tensor cores
   launch        no kernel is over sooner after the one before
 
-On tensor cores the thread block that ends last counts: tiles are dealt out as the kernel does it,
-each as long as the bytes that it moves. What else makes kernels slower is left out: shared memory,
+On tensor cores the multiprocessor that ends last counts: tiles are dealt out as the kernel does it,
+each as long as the bytes that it moves, and a multiprocessor has its share of L2 whatever the others
+do. What else makes kernels slower is left out: shared memory,
 which bounds single weights, the last wave of other kernels, latency, integer work. ``x peak`` is
 how many times faster than a dense product that reaches the peak of the data sheet, ``x dense`` than
 one at the share of it that is usual. The least certain number is the bandwidth of L2; ``--l2`` asks
@@ -92,7 +93,7 @@ class Kernel(NamedTuple):
         looked_up: bytes of the pattern that threads load, which L1 and broadcasts serve.
         products: mma.sync m16n8k16.
         flops: outside of tensor cores.
-        last: how many times as long it takes as with all thread blocks busy to the end.
+        last: how many times as long it takes as with all multiprocessors busy to the end.
         counted: whether the emulator counts it: it does not see memset.
     """
 
@@ -202,8 +203,9 @@ PIECE = 24  # bytes
 RINGS = 160 << 10  # bytes on a multiprocessor
 
 
-def thread_blocks_at_once(width: int, multiprocessors: int) -> int:
-    return RINGS // (STAGES * (TILE + width) * DEPTH * 2) * multiprocessors
+def rings_at_once(width: int) -> int:
+    """On a multiprocessor."""
+    return RINGS // (STAGES * (TILE + width) * DEPTH * 2)
 
 
 def products_of_stages(depth: int, width: int) -> int:
@@ -217,19 +219,40 @@ def cut(length: int, longest: int) -> list[int]:
     return [end - begin for begin, end in itertools.pairwise(ends)]
 
 
-def last(tiles: Iterable[float], slots: int) -> float:
+def last(tiles: Iterable[float], multiprocessors: int, at_once: int) -> float:
     """How many times as long as evenly spread work takes until all tiles are done.
 
+    A multiprocessor does the same work a second whatever it holds, and its tiles share that.
+
     Args:
-        tiles: how long each takes, in the order in which thread blocks take them as they end.
-        slots: thread blocks that run at once.
+        tiles: how much work each is, in the order in which they are taken.
+        at_once: tiles that a multiprocessor holds.
     """
-    ends = [0.0] * slots
+    left = iter(tiles)
     work = 0.0
-    for tile in tiles:
-        work += tile
-        heapq.heapreplace(ends, ends[0] + tile)
-    return max(ends) * slots / work if work else 1
+    # Of each: what every tile there has had since it is there, and at how much it will be done.
+    had = [0.0] * multiprocessors
+    done: list[list[float]] = [[] for _ in range(multiprocessors)]
+
+    def take(i: int) -> None:
+        nonlocal work
+        tile = next(left, None)
+        if tile is not None:
+            work += tile
+            heapq.heappush(done[i], had[i] + tile)
+
+    for _, i in itertools.product(range(at_once), range(multiprocessors)):
+        take(i)
+    now = 0.0
+    events = [(done[i][0] * len(done[i]), i) for i in range(multiprocessors) if done[i]]
+    heapq.heapify(events)
+    while events:
+        now, i = heapq.heappop(events)
+        had[i] = heapq.heappop(done[i])
+        take(i)
+        if done[i]:
+            heapq.heappush(events, (now + (done[i][0] - had[i]) * len(done[i]), i))
+    return now * multiprocessors / work if work else 1
 
 
 def in_groups(pieces: Sequence[float], parts: int) -> Iterator[float]:
@@ -251,7 +274,7 @@ def dsd_on_tensor_cores(p: Product, multiprocessors: int) -> list[Kernel]:
     width, inner = p.block[::-1] if p.by_columns else p.block
     parts = ceil_div(p.batch, TILE)
     most = max(1, p.shape[0 if p.by_columns else 1] // inner)
-    share = thread_blocks_at_once(width, multiprocessors)
+    share = rings_at_once(width) * multiprocessors
     even = max(ceil_div(p.n_blocks * parts, share), ceil_div(1024, inner))
     cuts = p.n_blocks // even if even < most else 0
     lines = [cut(len(line), min(even, most)) for line in p.lines]
@@ -291,7 +314,7 @@ def dsd_on_tensor_cores(p: Product, multiprocessors: int) -> list[Kernel]:
         written=whole * result + cut_pieces * sums + counted,
         looked_up=looked_up + parts * walked * word,
         products=parts * products,
-        last=last(itertools.chain(*tiles), share),
+        last=last(itertools.chain(*tiles), multiprocessors, rings_at_once(width)),
     )
     kernels = [multiply]
     if queued:
@@ -312,16 +335,9 @@ def dw_on_tensor_cores(p: Product, multiprocessors: int) -> list[Kernel]:
     width, inner = p.block
     longest = TILE // inner
     cuts = p.n_blocks // longest
-    about = max(1, cuts + len(p.lines) * (longest - 1) // (2 * longest))
-    share = thread_blocks_at_once(width, multiprocessors)
-
-    def moved(parts: int) -> int:
-        """Bytes, by a thread block that moves the most."""
-        operands = (TILE + width) * ceil_div(p.batch, parts) * 2
-        return ceil_div(about * parts, share) * (operands + TILE * width * (8 if parts > 1 else 2))
-
-    most = min(max(2 * share // about, 1), ceil_div(p.batch, 512))
-    parts = min(range(1, most + 1), key=moved)
+    items = len(p.lines) + cuts
+    most = max(1, p.batch // 512)
+    parts = min(max(rings_at_once(width) * multiprocessors // items, 1), most)
     rows = ceil_div(ceil_div(p.batch, parts), DEPTH) * DEPTH
     parts = ceil_div(p.batch, rows)
     pieces = sum(len(cut(len(line), longest)) for line in p.lines if line)
@@ -336,7 +352,11 @@ def dw_on_tensor_cores(p: Product, multiprocessors: int) -> list[Kernel]:
         written=result if parts == 1 else sums,
         looked_up=parts * (THREADS * found + p.n_blocks * inner * 4) + edges * (parts == 1),
         products=pieces * sum(products_of_stages(depth, width) for depth in depths),
-        last=last(itertools.chain(*([depth] * pieces for depth in depths)), share),
+        last=last(
+            itertools.chain(*([depth] * pieces for depth in depths)),
+            multiprocessors,
+            rings_at_once(width),
+        ),
     )
     if parts == 1:
         return [multiply]

@@ -315,10 +315,13 @@ def test_tensor_cores_multiply_what_asynchronous_copies_bring(
             copies = (r"LDGSTS\.E\.BYPASS\.128", r"STG\.E\.128")
             for instruction in (multiplies[dtype], *loads[product], *copies):
                 assert re.search(instruction, kernel.sass), (arch, dtype, product, width)
-            # Registers for as many thread blocks as the shared memory of an A100 has rings for;
-            # a thread is given registers by eights.
-            rings = (160 << 10) // (4 * (128 + width) * 32 * 2)
+            # Registers and shared memory for as many thread blocks as an A100 is to hold: a thread
+            # is given registers by eights, and the system takes 1 KB of every block's memory.
+            ring = 4 * (128 + width) * 32 * 2
+            rings = (160 << 10) // ring
             assert rings * 128 * -(-kernel.registers // 8) * 8 <= 1 << 16, (arch, product, width)
+            if arch == "sm_80":
+                assert rings * (ring + kernel.shared + 1024) <= 164 << 10, (product, width)
 
 
 def test_the_table_of_resources_is_what_the_library_says(

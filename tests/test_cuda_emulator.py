@@ -406,6 +406,21 @@ def test_static_shared_memory_is_limited(emulator: Emulator) -> None:
         call(emulator, "large", torch.zeros(1, dtype=torch.float64))
 
 
+def test_shared_memory_of_both_kinds_is_limited_together(emulator: Emulator) -> None:
+    kib, out = 1024, torch.full((1,), -1, dtype=torch.int32)
+
+    def launch(dynamic: int, allow: bool) -> None:
+        call(emulator, "shared_of_both_kinds", ctypes.c_size_t(dynamic), allow, out)
+
+    launch(48 * kib - 4, False)
+    launch(48 * kib, True)
+    assert out.item() == 2
+    with pytest.raises(RuntimeError, match="at most 49152 bytes .* 4 static and 49152 dynamic"):
+        launch(48 * kib, False)
+    with pytest.raises(RuntimeError, match="at most 101376 bytes .* 4 static and 101376 dynamic"):
+        launch(99 * kib, True)
+
+
 def test_launch_bounds_are_what_nvcc_was_told(plain: Emulator, ptx: Emulator) -> None:
     call(ptx, "bounded", 32)
     call(plain, "bounded", 33)

@@ -19,10 +19,10 @@
 // that is 350, 235, 140, 78 and 41 TFLOP/s, all below what its mma.sync can do. Shared memory is no
 // narrower: warp tiles of 64 x 64, 64 x 32 and 32 x b do 32, 21 and 32 b / (32 + b) FLOP for each
 // byte they read, and a multiprocessor reads 128 bytes a clock of it where L2 gives it some 25.
-// Four warps a thread block. Of these an A100's multiprocessor holds 2, 3, 4, 4 and 4, which is how
-// many a queue is given on any GPU; an H100's has room for 2, 3 or 4, 5, 6 and 6: registers are the
-// limit for 128 and 64, shared memory for the others. Three stages of each are on their way: some
-// 100 KB and more, where 20 KB hide a latency of 800 clocks.
+// Four warps a thread block. Of these an A100's multiprocessor holds 2, 3, 4, 4 and 4, and that
+// many a queue is given on any GPU. Three stages of each are on their way: some 100 KB and more,
+// where 20 KB hide a latency of 800 clocks. They just fit: 164 KB, with 1 KB that the system takes
+// of each.
 //
 // Balance: a line that is longer than its share of the machine is cut into pieces, whose sums a
 // second kernel adds up in order. That takes the number of live blocks, which the host knows, and
@@ -48,7 +48,7 @@ constexpr int kStages = 4;              // of the ring
 constexpr int kChunk = kLoadBytes / 2;  // elements
 constexpr int kGroup = 8;               // tiles of the batch that take turns at each line
 constexpr int kMinPiece = 1024;         // features: a shorter piece saves less than its sums cost
-constexpr int kMinPart = 512;           // rows of the batch, about: likewise for dW
+constexpr int kMinPart = 512;           // rows of the batch, likewise for dW
 constexpr int kShared = 160 << 10;      // bytes of the rings on a multiprocessor, of an A100
 constexpr int kPasses = 32;             // of the queue: a lane each
 constexpr int kScheduling = 512;        // threads that fill it
@@ -616,13 +616,15 @@ __global__ void __launch_bounds__(kThreads) multiply_kernel(const __grid_constan
       multiply_tile<T, P, N>(w, piece, part_of(w, number), w.parts == 1,
                              int64_t{number} * items + item, ring);
   } else {
-    SECATEUR_SHARED(int, next, 1);
     do {
       int number;  // of the part
       if (w.queue) {
+        int* const next = reinterpret_cast<int*>(ring);
         if (threadIdx.x == 0) *next = atomicAdd(&w.queue->taken, 1);
         __syncthreads();
-        if (!dequeue(w, *next, piece, number)) return;
+        const int tile = *next;
+        __syncthreads();  // copies may take its place
+        if (!dequeue(w, tile, piece, number)) return;
       } else {
         const Turn turn(w, block, items);
         if (!find(w, turn.piece, piece)) return;
@@ -630,7 +632,7 @@ __global__ void __launch_bounds__(kThreads) multiply_kernel(const __grid_constan
       }
       multiply_tile<T, P, N>(w, piece, part_of(w, number), piece.count == 1,
                              int64_t{piece.slot} * w.parts + number, ring);
-      __syncthreads();  // ring and next are free again
+      __syncthreads();  // the ring is free again
     } while (w.queue);
   }
 }
@@ -709,23 +711,6 @@ class Workspace {
   int64_t used_ = 0;
 };
 
-// In how many parts dW is summed: as many as leave the fewest bytes to a thread block that moves
-// the most of them.
-int64_t parts_of_batch(int64_t batch, int64_t width, int64_t pieces, int64_t share) {
-  const int64_t most = std::clamp<int64_t>(2 * share / pieces, 1, ceil_div(batch, kMinPart));
-  int64_t best = 1, least = std::numeric_limits<int64_t>::max();
-  for (int64_t parts = 1; parts <= most; ++parts) {
-    const int64_t operands = (kRows + width) * ceil_div(batch, parts) * 2;
-    const int64_t results = kRows * width * (parts > 1 ? 2 * sizeof(float) : 2);
-    const int64_t bytes = ceil_div(pieces * parts, share) * (operands + results);
-    if (bytes < least) {
-      best = parts;
-      least = bytes;
-    }
-  }
-  return best;
-}
-
 struct Plan {
   Work work;
   Copy copies[2];  // of operands that are not aligned
@@ -781,9 +766,8 @@ Plan plan_of(const Problem& p, Workspace& space) {
   if (sums_batch) {
     w.longest = kRows / w.inner;
     w.cuts = static_cast<int>(p.n_blocks / w.longest);
-    // Those that are not empty, about: the last piece of a line may be of any length.
-    const int64_t pieces = w.cuts + int64_t{w.lines} * (w.longest - 1) / (2 * w.longest);
-    const int64_t parts = parts_of_batch(p.batch, w.width, std::max<int64_t>(1, pieces), share);
+    const int64_t most = std::max<int64_t>(1, p.batch / kMinPart);
+    const int64_t parts = std::clamp<int64_t>(share / w.items(), 1, most);
     w.rows_of_a_part = static_cast<int>(ceil_div(ceil_div(p.batch, parts), kDepth)) * kDepth;
     w.parts = static_cast<int>(ceil_div(p.batch, w.rows_of_a_part));
     tiles = w.parts > 1 ? int64_t{w.items()} * w.parts : 0;

@@ -9,7 +9,7 @@
 //   rows_kernel    wider blocks of one row: a tile holds a part of four or eight rows
 // Wider blocks of several rows take both: the columns of a strip, then those as rows.
 // Tensors that want the same kernel share its launches: it takes them as a table in its parameters,
-// so that a model is a few launches and nothing is copied for them. A thread block works on one.
+// so that a model is a few launches and nothing is copied for them. A tile is of one tensor.
 #include <algorithm>
 #include <bit>
 #include <span>

@@ -412,9 +412,13 @@ void open_shared(void* array, size_t bytes, const char* name) {
   }
   if (total > kMaxStaticShared)
     fail("expected at most %zu bytes of static shared memory, got %zu", kMaxStaticShared, total);
-  if (total + machine.launch->shared_bytes > kMaxShared)
-    fail("expected at most %zu bytes of shared memory, got %zu static and %zu dynamic", kMaxShared,
-         total, machine.launch->shared_bytes);
+  // Without cudaFuncSetAttribute the limit is for both together.
+  const Launch& launch = *machine.launch;
+  const size_t allowed =
+      machine.allowed_dynamic_shared.contains(launch.kernel) ? kMaxShared : kMaxStaticShared;
+  if (total + launch.shared_bytes > allowed)
+    fail("expected at most %zu bytes of shared memory, got %zu static and %zu dynamic", allowed,
+         total, launch.shared_bytes);
   machine.opened.push_back({array, bytes});
   poison(array, bytes);
   checker::add_shared(array, bytes, name);

@@ -318,6 +318,13 @@ __global__ void large_kernel(double* out) {
   *out = large[0];
 }
 
+__global__ void shared_of_both_kinds_kernel(int* out) {
+  SECATEUR_DYNAMIC_SHARED(int, dynamic);
+  SECATEUR_SHARED(int, fixed, 1);
+  dynamic[threadIdx.x] = *fixed = 1;
+  *out = dynamic[threadIdx.x] + *fixed;
+}
+
 __global__ void empty_kernel() {}
 
 __global__ void __launch_bounds__(32) bounded_kernel() {}
@@ -384,6 +391,15 @@ const char* atomics(unsigned* values) {
 
 const char* large(double* out) {
   return cuda_emulator::message_of([&] { SECATEUR_LAUNCH(large_kernel, 1, 1, 0, nullptr, out); });
+}
+
+const char* shared_of_both_kinds(size_t shared_bytes, bool allow, int* out) {
+  return cuda_emulator::message_of([&] {
+    if (allow)
+      cudaFuncSetAttribute(shared_of_both_kinds_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           static_cast<int>(shared_bytes));
+    SECATEUR_LAUNCH(shared_of_both_kinds_kernel, 1, 1, shared_bytes, nullptr, out);
+  });
 }
 
 const char* empty(unsigned grid_y, unsigned threads, size_t shared_bytes, int allowed) {
