@@ -12,12 +12,11 @@ kernels:
   launch        no kernel is over sooner after the one before
 
 On tensor cores the multiprocessor that ends last counts: tiles are dealt out as the kernel does it,
-each as long as the bytes that it moves, and a multiprocessor has its share of L2 whatever the others
-do. What else makes kernels slower is left out: shared memory,
-which bounds single weights, the last wave of other kernels, latency, integer work. ``x peak`` is
-how many times faster than a dense product that reaches the peak of the data sheet, ``x dense`` than
-one at the share of it that is usual. The least certain number is the bandwidth of L2; ``--l2`` asks
-what another one would make.
+each as long as the bytes that it moves, and a multiprocessor has its share of L2 whatever others
+do. What else makes kernels slower is left out: shared memory, which bounds single weights, the last
+wave of other kernels, latency, integer work. ``x peak`` is how many times faster than a dense
+product that reaches the peak of the data sheet, ``x dense`` than one at the share of it that is
+usual. The least certain number is the bandwidth of L2; ``--l2`` asks what another one would make.
 """
 
 from __future__ import annotations
