@@ -407,17 +407,17 @@ def test_static_shared_memory_is_limited(emulator: Emulator) -> None:
 
 
 def test_shared_memory_of_both_kinds_is_limited_together(emulator: Emulator) -> None:
-    kib, out = 1024, torch.full((1,), -1, dtype=torch.int32)
+    kib, out = 1024, torch.full((2,), -1, dtype=torch.int32)
 
     def launch(dynamic: int, allow: bool) -> None:
         call(emulator, "shared_of_both_kinds", ctypes.c_size_t(dynamic), allow, out)
 
-    launch(48 * kib - 4, False)
-    with pytest.raises(RuntimeError, match=r"at most 49152 bytes .* 4 static and 49152 dynamic"):
+    launch(48 * kib - 8, False)
+    with pytest.raises(RuntimeError, match=r"at most 49152 bytes .* 8 static and 49152 dynamic"):
         launch(48 * kib, False)
     launch(48 * kib, True)  # what is allowed once stays so
-    assert out.item() == 2
-    with pytest.raises(RuntimeError, match=r"at most 101376 bytes .* 4 static and 101376 dynamic"):
+    assert out.tolist() == [2, 2]
+    with pytest.raises(RuntimeError, match=r"at most 101376 bytes .* 8 static and 101376 dynamic"):
         launch(99 * kib, True)
 
 

@@ -320,9 +320,10 @@ __global__ void large_kernel(double* out) {
 
 __global__ void shared_of_both_kinds_kernel(int* out) {
   SECATEUR_DYNAMIC_SHARED(int, dynamic);
-  SECATEUR_SHARED(int, fixed, 1);
-  dynamic[threadIdx.x] = *fixed = 1;
-  *out = dynamic[threadIdx.x] + *fixed;
+  SECATEUR_SHARED(int, fixed, 2);
+  fixed[threadIdx.x] = dynamic[threadIdx.x] = 1;
+  __syncthreads();  // or nvcc would keep them in registers
+  out[threadIdx.x] = fixed[1 - threadIdx.x] + dynamic[1 - threadIdx.x];
 }
 
 __global__ void empty_kernel() {}
@@ -398,7 +399,7 @@ const char* shared_of_both_kinds(size_t shared_bytes, bool allow, int* out) {
     if (allow)
       cudaFuncSetAttribute(shared_of_both_kinds_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                            static_cast<int>(shared_bytes));
-    SECATEUR_LAUNCH(shared_of_both_kinds_kernel, 1, 1, shared_bytes, nullptr, out);
+    SECATEUR_LAUNCH(shared_of_both_kinds_kernel, 1, 2, shared_bytes, nullptr, out);
   });
 }
 
