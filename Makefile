@@ -38,7 +38,7 @@ bench: $(VENV)/.peers  ## measure kernels and training against torch, quickly; t
 	$(BIN)/python -m bench.training --quick --csv build/training.csv
 	$(BIN)/python -m bench.optimizers --csv build/optimizers.csv
 
-cuda: $(VENV)/.package  ## test the CUDA kernels without a GPU, in every way (20 minutes)
+cuda: $(VENV)/.package  ## test the CUDA kernels without a GPU, in every way (10 minutes)
 	$(BIN)/python -m pytest $(CUDA_TESTS)
 
 cuda-fast: $(VENV)/.package  ## the same without what takes long (5 minutes)

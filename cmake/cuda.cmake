@@ -25,9 +25,11 @@ if(NOT _nvcc MATCHES "release ([0-9.]+)" OR CMAKE_MATCH_1 VERSION_LESS 12.0)  # 
   return()
 endif()
 
-# Machine code for A100 and H100, PTX for everything else from A100 on: the PTX of an "a"
-# architecture would run nowhere else.
-set(CMAKE_CUDA_ARCHITECTURES 80-real 90a-real 80-virtual)
+# Machine code for A100 and H100, PTX for everything else from A100 on, unless others are asked for:
+# the PTX of an "a" architecture would run nowhere else.
+if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+  set(CMAKE_CUDA_ARCHITECTURES 80-real 90a-real 80-virtual)
+endif()
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)

@@ -30,9 +30,12 @@ class Build:
         setting: SECATEUR_CUDA; none leaves the default.
         nvcc: the compiler that CUDACXX names, so that CMake looks for no other: neither on PATH nor
             where toolkits lie. None lets it look.
+        architectures: CMAKE_CUDA_ARCHITECTURES; none leaves the default.
     """
 
-    def __init__(self, tree: Path, setting: str | None, nvcc: Path | None) -> None:
+    def __init__(
+        self, tree: Path, setting: str | None, nvcc: Path | None, architectures: str | None = None
+    ) -> None:
         pybind11 = pytest.importorskip("pybind11")
         self._tree, self._cmake = tree, program("cmake")
         options = {
@@ -43,6 +46,8 @@ class Build:
         }
         if setting is not None:
             options["SECATEUR_CUDA"] = setting
+        if architectures is not None:
+            options["CMAKE_CUDA_ARCHITECTURES"] = architectures
         environment = {**os.environ, "PATH": PATH}
         environment |= {"CUDACXX": str(nvcc)} if nvcc else {}
         done = subprocess.run(
@@ -54,6 +59,10 @@ class Build:
         )
         self.succeeded = done.returncode == 0
         self.output = " ".join((done.stdout + done.stderr).split())  # CMake breaks its lines
+
+    def architectures(self) -> set[str]:
+        rules = (self._tree / "build.ninja").read_text("utf-8")
+        return set(re.findall(r"\b(?:sm|compute)_\w+", rules))
 
     def targets(self) -> set[str]:
         listing = subprocess.run(
@@ -123,3 +132,12 @@ def test_any_other_setting_is_refused(tmp_path: Path, missing: Path) -> None:
     build = Build(tmp_path / "build", "on", missing)
     assert not build.succeeded
     assert "expected SECATEUR_CUDA to be AUTO, ON or OFF, got 'on'" in build.output
+
+
+def test_other_architectures_may_be_asked_for(tmp_path: Path) -> None:
+    program("nvcc")
+    build = Build(tmp_path / "default", "ON", None)
+    assert build.architectures() == {"sm_80", "sm_90a", "compute_80", "compute_90a"}
+    build = Build(tmp_path / "build", "ON", None, "89-real")
+    assert build.succeeded, build.output
+    assert build.architectures() == {"sm_89", "compute_89"}

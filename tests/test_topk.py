@@ -525,3 +525,20 @@ def test_histogram_checks_what_select_checks() -> None:
         ops.histogram([ONE], formula="taylor")
     with pytest.raises(TypeError, match=r"all float64 or none.*weights\[1\]"):
         ops.histogram([ONE, ONE.double()], formula="given")
+
+
+def test_the_op_keeps_nothing_where_more_are_asked_for_than_there_are() -> None:
+    dirty = [torch.full((64,), 255, dtype=torch.uint8) for _ in range(64)]
+    del dirty  # memory that a mask may be given
+    args = [torch.ones(300)], [], [], "given", [], 301, None, True, True, [1.0], [0]
+    (mask,), info = torch.ops.secateur.select(*args)
+    assert info.tolist() == [-1, 300]
+    assert not mask.any()
+
+
+def test_sparse_layouts_are_refused() -> None:
+    sparse = torch.eye(3).to_sparse()
+    with pytest.raises(
+        TypeError, match=r"expected scores\[0\] to be strided, got torch.sparse_coo"
+    ):
+        ops.topk_mask([sparse], 1)

@@ -11,8 +11,7 @@
 // permuted so that ldmatrix meets every bank once. Sums stay in registers, pass through shared
 // memory to become whole rows, and are written once, by 16 bytes. What lies outside of the matrices
 // is neither read nor let through: copies put zeros in its place on both sides, as zero times NaN
-// would be NaN. Operands that are not aligned are copied first, which costs little beside the
-// product.
+// would be NaN. Operands that are not aligned are copied first, 2 bytes at a time.
 //
 // Bound: a tile of 128 x b does 128 b / (128 + b) FLOP for each byte that it loads: 64, 43, 26, 14
 // and 7.5 for b = 128, 64, 32, 16 and 8. At 5.5 TB/s, as an H100's L2 may give,
@@ -73,8 +72,8 @@ struct Work {
   // matrix, is block position[q] of the values (null: q), and that belongs to line_of[position[q]].
   const int32_t *ptr, *index, *position, *line_of;
   int lines, width;  // of so many features each
-  int inner;         // features of a block along the strip,
-  int step;          // of which one stage takes so many, at least one
+  int inner;         // features of a block along the strip
+  int step;          // blocks that a stage goes on by: several of less than its depth
   int line_features, strip_features;
   int batch;
   const void* gathered;  // X, for dX dY: (batch, strip_features), strides in elements

@@ -1,9 +1,9 @@
 // Fused scores on CUDA: one pass over weight, gradient and state, bound by reading them.
 // A score of one element goes straight from registers to memory. A reduction must follow the tree
 // of common/score.h, whose order down a column and along a lane leaves few additions independent,
-// so threads do not own what they add up: all of a block load and score a tile by 16-byte loads,
-// whatever the shape, and leave it in shared memory; then some of them follow the tree, while the
-// loads of the next tile are in flight.
+// so threads do not own what they add up: all of a block load and score a tile, by 16-byte loads
+// where tiles begin at multiples of 16 bytes, and leave it in shared memory; then some of them
+// follow the tree, while the loads of the next tile are in flight.
 //   blocks_kernel  blocks of at most 256 columns: tiles hold blocks side by side, and several
 //                  strips of them or a part of one
 //   rows_kernel    wider blocks of one row: a tile holds a part of four or eight rows
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
-// Inputs of any layout, by any mode. The 2 is as in blocks_kernel.
+// Inputs of any layout, by any mode. The 2 is as kMinBlocks of Elements.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2)
     strided_kernel(const __grid_constant__ Table<Args> table) {

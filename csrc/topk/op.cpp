@@ -58,6 +58,8 @@ std::tuple<std::vector<Tensor>, Tensor> select_cpu(
   search->offsets = offsets.get();
   const DenormalsKept denormals;
   SECATEUR_FOR_ISA(start)(*search);
+  if (search->step == Step::Done)  // more are to be kept than there are: masks of none
+    for (const Item& item : items) std::fill_n(item.mask, (item.numel + 7) / 8, uint8_t{0});
   while (search->step != Step::Done) {
     run_step(*search);
     SECATEUR_FOR_ISA(advance)(*search);

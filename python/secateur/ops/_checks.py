@@ -27,19 +27,26 @@ def check_list(name: str, given: object, what: str = "a list of Tensors") -> Non
 
 
 def check_float(name: str, t: Tensor) -> None:
-    """TypeError unless ``t``, called ``name``, is a Tensor of a dtype that the kernels have."""
+    """TypeError unless ``t``, called ``name``, is a strided Tensor of a dtype of the kernels."""
     check_tensor(name, t)
     if t.dtype not in FLOATS:
         raise TypeError(
             f"expected {name} to be float32, bfloat16, float16 or float64, got {t.dtype}"
         )
+    _check_strided(name, t)
 
 
 def check_bool(name: str, t: Tensor) -> None:
-    """TypeError unless ``t``, called ``name``, is a bool Tensor."""
+    """TypeError unless ``t``, called ``name``, is a strided bool Tensor."""
     check_tensor(name, t)
     if t.dtype != torch.bool:
         raise TypeError(f"expected {name} to be torch.bool, got {t.dtype}")
+    _check_strided(name, t)
+
+
+def _check_strided(name: str, t: Tensor) -> None:
+    if t.layout != torch.strided:
+        raise TypeError(f"expected {name} to be strided, got {t.layout}")
 
 
 def is_ints(value: object) -> TypeGuard[Sequence[int]]:

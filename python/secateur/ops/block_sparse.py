@@ -149,7 +149,8 @@ def block_sparse_linear(
             it runs as a separate op.
 
     Returns:
-        ``(..., out_features)``, contiguous, of x's dtype.
+        ``(..., out_features)``, contiguous, of x's dtype. With ``"gelu"`` and a gradient wanted, it
+        is rounded to that dtype before gelu, too.
 
     Raises:
         TypeError: ``weight`` is no BlockSparse, ``x`` or ``bias`` is no Tensor, dtypes differ or
