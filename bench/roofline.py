@@ -92,7 +92,7 @@ class Kernel(NamedTuple):
         looked_up: bytes of the pattern that threads load, which L1 and broadcasts serve.
         products: mma.sync m16n8k16.
         flops: outside of tensor cores.
-        last: how many times as long it takes as with all multiprocessors busy to the end.
+        imbalance: how many times as long it takes as with all multiprocessors busy to the end.
         counted: whether the emulator counts it: it does not see memset.
     """
 
@@ -104,7 +104,7 @@ class Kernel(NamedTuple):
     looked_up: int = 0
     products: int = 0
     flops: int = 0
-    last: float = 1
+    imbalance: float = 1
     counted: bool = True
 
     def bounds(self, machine: Machine) -> dict[str, float]:
@@ -112,8 +112,8 @@ class Kernel(NamedTuple):
         products = self.products * PRODUCT_FLOPS / (machine.tensor_cores * machine.mma)
         return {
             "memory": self.memory / machine.memory,
-            "L2": self.last * (self.read - self.repeated + self.written) / machine.l2,
-            "tensor cores": self.last * products,
+            "L2": self.imbalance * (self.read - self.repeated + self.written) / machine.l2,
+            "tensor cores": self.imbalance * products,
             "fp32": self.flops / machine.fp32,
             "launch": LAUNCH,
         }
@@ -197,7 +197,7 @@ def kernels_of(product: Product, multiprocessors: int) -> list[Kernel]:
 
 # csrc/block_sparse/tensor_cores.cuh
 
-TILE, DEPTH, THREADS, STAGES, GROUP, ENDS = 128, 32, 128, 4, 8, 32
+TILE, DEPTH, THREADS, STAGES, GROUP, QUEUE_PASSES = 128, 32, 128, 4, 8, 32
 PIECE = 24  # bytes
 RINGS = 160 << 10  # bytes on a multiprocessor
 
@@ -218,7 +218,7 @@ def cut(length: int, longest: int) -> list[int]:
     return [end - begin for begin, end in itertools.pairwise(ends)]
 
 
-def last(tiles: Iterable[float], multiprocessors: int, at_once: int) -> float:
+def imbalance(tiles: Iterable[float], multiprocessors: int, at_once: int) -> float:
     """How many times as long as evenly spread work takes until all tiles are done.
 
     A multiprocessor does the same work a second whatever it holds, and its tiles share that.
@@ -313,11 +313,11 @@ def dsd_on_tensor_cores(p: Product, multiprocessors: int) -> list[Kernel]:
         written=whole * result + cut_pieces * sums + counted,
         looked_up=looked_up + parts * walked * word,
         products=parts * products,
-        last=last(itertools.chain(*tiles), multiprocessors, rings_at_once(width)),
+        imbalance=imbalance(itertools.chain(*tiles), multiprocessors, rings_at_once(width)),
     )
     kernels = [multiply]
     if queued:
-        filled = 4 * (1 + ENDS) + PIECE * len(pieces)
+        filled = 4 * (1 + QUEUE_PASSES) + PIECE * len(pieces)
         kernels = [Kernel("schedule", written=filled, looked_up=2 * found), multiply]
     if cuts:
         add = Kernel(
@@ -351,7 +351,7 @@ def dw_on_tensor_cores(p: Product, multiprocessors: int) -> list[Kernel]:
         written=result if parts == 1 else sums,
         looked_up=parts * (THREADS * found + p.n_blocks * inner * 4) + edges * (parts == 1),
         products=pieces * sum(products_of_stages(depth, width) for depth in depths),
-        last=last(
+        imbalance=imbalance(
             itertools.chain(*([depth] * pieces for depth in depths)),
             multiprocessors,
             rings_at_once(width),

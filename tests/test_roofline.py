@@ -225,13 +225,13 @@ def test_the_slowest_bound_of_each_kernel_counts() -> None:
 
 def test_the_last_multiprocessor_counts() -> None:
     for at_once in (1, 2):
-        assert roofline.last([1, 1, 1, 1], 2, at_once) == 1
-        assert roofline.last([1, 1, 1], 2, at_once) == pytest.approx(4 / 3)
-        assert roofline.last([1], 2, at_once) == 2
-    assert roofline.last([1, 1, 2], 2, 1) == pytest.approx(3 / 2)
-    assert roofline.last([2, 1, 1], 2, 1) == 1
+        assert roofline.imbalance([1, 1, 1, 1], 2, at_once) == 1
+        assert roofline.imbalance([1, 1, 1], 2, at_once) == pytest.approx(4 / 3)
+        assert roofline.imbalance([1], 2, at_once) == 2
+    assert roofline.imbalance([1, 1, 2], 2, 1) == pytest.approx(3 / 2)
+    assert roofline.imbalance([2, 1, 1], 2, 1) == 1
     # The first has 4 and 1; at 2 the 1 is done and the last one comes; all is done at 6, of 11 / 2.
-    assert roofline.last([4, 3, 1, 2, 1], 2, 2) == pytest.approx(12 / 11)
+    assert roofline.imbalance([4, 3, 1, 2, 1], 2, 2) == pytest.approx(12 / 11)
 
 
 # Of 4096 x 4096 weights and rows at 10 %, as even as chance makes them and by Zipf's law.
@@ -251,9 +251,9 @@ def test_a_queue_of_the_longest_first_ends_evenly(block: int, skewed: bool) -> N
     pieces = [piece for length in lengths for piece in roofline.cut(length, most)]
     passes = roofline.longest_first(pieces)
     assert sorted(itertools.chain(*passes)) == sorted(pieces)
-    as_stored = roofline.last(roofline.in_groups(pieces, 32), 132, at_once)
+    as_stored = roofline.imbalance(roofline.in_groups(pieces, 32), 132, at_once)
     tiles = itertools.chain(*(roofline.in_groups(each, 32) for each in passes))
-    queued = roofline.last(tiles, 132, at_once)
+    queued = roofline.imbalance(tiles, 132, at_once)
     assert queued < 1.15
     assert as_stored > (1.4 if skewed else queued)
 

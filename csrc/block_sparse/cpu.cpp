@@ -37,7 +37,7 @@ constexpr int64_t kFewLanes = 16;    // lanes of a panel where the batch is smal
 constexpr int64_t kFewestLanes = 8;  // of smaller ones, which a vector of 512 bits exceeds
 constexpr int kDotRows = 2;          // more rows than this do not pay for sums across lanes
 // Fewer rows than this do not pay for a copy of the weights in the order in which dX takes them.
-// Only on 16 registers, whose tiles take part of a line of most blocks; with 32 it cost 4 %.
+// Only on 16 registers, whose tiles take part of a line of most blocks; with 32 it gained nothing.
 constexpr int64_t kRowsToReorder = 512;
 constexpr int64_t kPackRows = 8;              // rows of the batch copied to panels at a time
 constexpr int64_t kPackAhead = 256;           // features from what is copied to what is fetched

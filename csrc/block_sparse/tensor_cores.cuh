@@ -27,8 +27,9 @@
 // second kernel adds up in order. That takes the number of live blocks, which the host knows, and
 // ptr, which never leaves the device. Where not all tiles run at once, thread blocks stay and take
 // one after the other from a queue, long pieces first, or a long one that comes late would keep the
-// machine waiting (bench/roofline.py plays both). Tiles of dW are all of one length: the hardware
-// gives them out. The thread blocks beside one on a multiprocessor hide how its ring fills.
+// machine waiting (tests/test_roofline.py plays both). Tiles of dW are all of one length: the
+// hardware gives them out. The thread blocks beside one on a multiprocessor hide how its ring
+// fills.
 #include <limits>
 
 #include "block_sparse/block_sparse.h"

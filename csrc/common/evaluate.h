@@ -67,30 +67,27 @@ inline const T* fetch(const View& t, int64_t index, int64_t n, T* buffer) {
   }
 }
 
-// Asks for elements index..index + n of `t`, where they are one stretch of memory, kLines cache
-// lines at a time. Inlined: a compiler takes a function that only prefetches for one without
-// effect, and drops the call.
-template <int kLines = 1>
+// Asks for elements index..index + n of `t`, where they are one stretch of memory. Inlined: a
+// compiler takes a function that only prefetches for one without effect, and drops the call.
 __attribute__((always_inline)) inline void prefetch(const View& t, int64_t index, int64_t n) {
   if (!t.data || t.ndim != 1 || t.stride[0] != 1) return;
   const int64_t size = t.dtype == Dtype::Double ? 8 : t.dtype == Dtype::Float ? 4 : 2;
   const char* const data = static_cast<const char*>(t.data);
-  for (int64_t byte = index * size; byte < (index + n) * size; byte += 64 * kLines)
-    for (int line = 0; line < kLines; ++line) __builtin_prefetch(data + byte + 64 * line);
+  for (int64_t byte = index * size; byte < (index + n) * size; byte += 64)
+    __builtin_prefetch(data + byte);
 }
 
-template <int kLines = 1>
 __attribute__((always_inline)) inline void prefetch(const ScoreInputs& in, int64_t index,
                                                     int64_t n) {
-  prefetch<kLines>(in.weight, index, n);
-  prefetch<kLines>(in.grad, index, n);
-  prefetch<kLines>(in.state, index, n);
+  prefetch(in.weight, index, n);
+  prefetch(in.grad, index, n);
+  prefetch(in.state, index, n);
 }
 
 // For a pass in the order of memory that is at elements index..index + n.
 __attribute__((always_inline)) inline void prefetch_ahead(const ScoreInputs& in, int64_t index,
                                                           int64_t n) {
-  prefetch<4>(in, index + kAhead, n);
+  prefetch(in, index + kAhead, n);
 }
 
 template <Formula F, Mode M, bool kWrite, typename T>

@@ -241,33 +241,10 @@ __attribute__((always_inline)) inline Vec<T, N> sum_each(Vec<T, N> (&v)[N]) {
   }
 }
 
-#if !defined(__AVX512F__)
-// Bit i is set where truth[i] is -1, not where it is 0; a machine vector of signed integers.
-template <typename V>
-inline uint32_t bits_of(V truth) {
-  static_assert(sizeof(truth) == kVectorBytes);
-#if defined(__AVX2__)
-  if constexpr (sizeof(truth[0]) == 4)
-    return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(truth)));
-  else
-    return static_cast<uint32_t>(_mm256_movemask_pd(reinterpret_cast<__m256d>(truth)));
-#elif defined(__x86_64__)
-  if constexpr (sizeof(truth[0]) == 4)
-    return static_cast<uint32_t>(_mm_movemask_ps(reinterpret_cast<__m128>(truth)));
-  else
-    return static_cast<uint32_t>(_mm_movemask_pd(reinterpret_cast<__m128d>(truth)));
-#else
-  constexpr int lanes = sizeof(truth) / sizeof(truth[0]);
-  uint32_t bits = 0;
-  for (int i = 0; i < lanes; ++i) bits |= static_cast<uint32_t>(truth[i] & 1) << i;
-  return bits;
-#endif
-}
-#endif
-
 // Bit i is set where a[i] > b[i]; N lanes of a signed integer make one machine vector.
 template <int N, typename T>
 inline uint32_t bits_greater(Vec<T, N> a, Vec<T, N> b) {
+  static_assert(std::is_signed_v<T> && sizeof(a) == kVectorBytes);
 #if defined(__AVX512F__)
   const auto x = reinterpret_cast<__m512i>(a), y = reinterpret_cast<__m512i>(b);
   if constexpr (sizeof(T) == 4)
@@ -275,34 +252,22 @@ inline uint32_t bits_greater(Vec<T, N> a, Vec<T, N> b) {
   else
     return _mm512_cmpgt_epi64_mask(x, y);
 #else
-  return bits_of(a > b);
-#endif
-}
-
-// Bit i is set where the i-th of 64 values, N to a machine vector, is at least `bound`.
-template <int N, typename T>
-inline uint64_t bits_at_least(const Vec<T, N> (&x)[64 / N], T bound) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) {
-    const auto bits = [&](int i) {
-      const auto values = reinterpret_cast<__m512>(x[i]);
-      return _mm512_cmp_ps_mask(values, _mm512_set1_ps(bound), _CMP_GE_OQ);
-    };
-    return _mm512_kunpackd(_mm512_kunpackw(bits(3), bits(2)), _mm512_kunpackw(bits(1), bits(0)));
-  } else {
-    const auto bits = [&](int i) {
-      const auto at_least = [&](int v) {
-        const auto values = reinterpret_cast<__m512d>(x[v]);
-        return _mm512_cmp_pd_mask(values, _mm512_set1_pd(bound), _CMP_GE_OQ);
-      };
-      return _mm512_kunpackb(at_least(2 * i + 1), at_least(2 * i));
-    };
-    return _mm512_kunpackd(_mm512_kunpackw(bits(3), bits(2)), _mm512_kunpackw(bits(1), bits(0)));
-  }
+  const auto truth = a > b;
+#if defined(__AVX2__)
+  if constexpr (sizeof(T) == 4)
+    return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(truth)));
+  else
+    return static_cast<uint32_t>(_mm256_movemask_pd(reinterpret_cast<__m256d>(truth)));
+#elif defined(__x86_64__)
+  if constexpr (sizeof(T) == 4)
+    return static_cast<uint32_t>(_mm_movemask_ps(reinterpret_cast<__m128>(truth)));
+  else
+    return static_cast<uint32_t>(_mm_movemask_pd(reinterpret_cast<__m128d>(truth)));
 #else
-  uint64_t bits = 0;
-  for (int i = 0; i < 64 / N; ++i) bits |= uint64_t{bits_of(x[i] >= bound)} << (i * N);
+  uint32_t bits = 0;
+  for (int i = 0; i < N; ++i) bits |= static_cast<uint32_t>(truth[i] & 1) << i;
   return bits;
+#endif
 #endif
 }
 

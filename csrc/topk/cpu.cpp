@@ -35,23 +35,18 @@ constexpr K kHighest = std::numeric_limits<K>::max();
 template <typename T>
 struct KeyRule {
   using K = Int<T>;
-  K flip;         // all ones where smaller scores are better
-  K limit;        // |score| above this, as bits, is an error
-  T first, past;  // the interval: scores of at least `first`, but not of at least `past`
+  K flip;       // all ones where smaller scores are better
+  K limit;      // |score| above this, as bits, is an error
+  K low, high;  // of the interval's orders, both included
 
   explicit KeyRule(const Search& s)
       : flip(s.largest ? 0 : -1),
         limit(bits_as<K>(std::numeric_limits<T>::infinity()) - (s.finite ? 1 : 0)),
-        first(score_at(static_cast<K>(s.largest ? s.low : ~s.high))) {
-    const K last = static_cast<K>(s.largest ? s.high : ~s.low);
-    past = last == kHighest<K> ? std::numeric_limits<T>::quiet_NaN() : score_at(last + 1);
-  }
-
-  // The score in a place of order(). NaN has the highest places, and no score is at least NaN; it
-  // has the lowest ones, too, of which -infinity takes the place: every score is at least that.
-  static T score_at(K order) {
-    const K place = std::max(order, ~bits_as<K>(std::numeric_limits<T>::infinity()));
-    return bits_as<T>(place ^ (place >> (sizeof(K) * 8 - 1) & kHighest<K>));
+        low(static_cast<K>(s.largest ? s.low : ~s.high)),
+        high(static_cast<K>(s.largest ? s.high : ~s.low)) {
+    // -0.0 comes right before 0.0, but no key lies between them.
+    if (low == 0) low = -1;
+    if (high == -1) high = -2;
   }
 
   // The score's place among all bit patterns, smallest first.
@@ -82,22 +77,23 @@ struct Classes {
   bool bad;  // some score is an error
 };
 
-// By comparing scores, of which 0.0 and -0.0 are equal; what is NaN is bad wherever it lies.
 template <typename T>
 inline Classes classify(const T* scores, const KeyRule<T>& rule) {
   constexpr int lanes = kLanes<T>;
   using V = Vec<T, lanes>;
   using I = Int<V>;
-  V x[64 / lanes];
+  uint64_t larger = 0, smaller = 0;
   I largest{};
-  for (int i = 0; i < 64 / lanes; ++i) {
-    std::memcpy(&x[i], scores + i * lanes, sizeof(V));
-    const I magnitude = rule.magnitude(x[i]);
+  for (int i = 0; i < 64; i += lanes) {
+    V x;
+    std::memcpy(&x, scores + i, sizeof(x));
+    const I order = rule.order(x);
+    larger |= uint64_t{bits_greater<lanes, Int<T>>(order, I{} + rule.high)} << i;
+    smaller |= uint64_t{bits_greater<lanes, Int<T>>(I{} + rule.low, order)} << i;
+    const I magnitude = rule.magnitude(x);
     largest = magnitude > largest ? magnitude : largest;
   }
-  const uint64_t reached = bits_at_least<lanes, T>(x, rule.first);
-  const uint64_t passed = bits_at_least<lanes, T>(x, rule.past);
-  return {rule.flip ? ~reached : passed, reached & ~passed,
+  return {rule.flip ? smaller : larger, ~(larger | smaller),
           bits_greater<lanes, Int<T>>(largest, I{} + rule.limit) != 0};
 }
 

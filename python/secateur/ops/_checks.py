@@ -33,7 +33,7 @@ def check_float(name: str, t: Tensor) -> None:
         raise TypeError(
             f"expected {name} to be float32, bfloat16, float16 or float64, got {t.dtype}"
         )
-    _check_strided(name, t)
+    check_strided(name, t)
 
 
 def check_bool(name: str, t: Tensor) -> None:
@@ -41,10 +41,11 @@ def check_bool(name: str, t: Tensor) -> None:
     check_tensor(name, t)
     if t.dtype != torch.bool:
         raise TypeError(f"expected {name} to be torch.bool, got {t.dtype}")
-    _check_strided(name, t)
+    check_strided(name, t)
 
 
-def _check_strided(name: str, t: Tensor) -> None:
+def check_strided(name: str, t: Tensor) -> None:
+    """TypeError if ``t``, called ``name``, has a sparse layout."""
     if t.layout != torch.strided:
         raise TypeError(f"expected {name} to be strided, got {t.layout}")
 

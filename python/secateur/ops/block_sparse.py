@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from secateur.ops._checks import check_bool, check_float, check_tensor
+from secateur.ops._checks import check_bool, check_float, check_strided, check_tensor
 from secateur.ops._spec import OpSpec, Sample
 
 if TYPE_CHECKING:
@@ -243,8 +243,7 @@ def _check_operands(
     for name, t in (("x", x), ("weight.values", values), ("bias", bias)):
         if t is None:
             continue
-        if t.layout != torch.strided:
-            raise TypeError(f"expected {name} to be strided, got {t.layout}")
+        check_strided(name, t)
         if t.device != x.device:
             raise ValueError(f"expected {name} on {x.device}, as x, got {t.device}")
         if t.dtype != x.dtype:
