@@ -17,8 +17,7 @@ constexpr int kRun = 1024;
 // The same where other work follows each run: so few that the processor, which looks ahead over
 // both, asks for the next inputs meanwhile.
 constexpr int kShortRun = 128;
-// Elements from what is evaluated to what memory is asked for meanwhile. Some processors foresee no
-// more than the rest of a page of 4 KiB.
+// Elements from what is evaluated to what memory is asked for meanwhile, where that helps.
 constexpr int64_t kAhead = 2048;
 
 // Calls f(element offset, stride, first, count) for each stretch of elements index..index + n of
@@ -84,10 +83,20 @@ __attribute__((always_inline)) inline void prefetch(const ScoreInputs& in, int64
   prefetch(in.state, index, n);
 }
 
+// Whether the processor foresees no more than the rest of a page of 4 KiB, as Intel's do. Others
+// only get in the way of their own foresight by what they are asked for.
+inline bool foresees_one_page() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 // For a pass in the order of memory that is at elements index..index + n.
 __attribute__((always_inline)) inline void prefetch_ahead(const ScoreInputs& in, int64_t index,
                                                           int64_t n) {
-  prefetch(in, index + kAhead, n);
+  if (foresees_one_page()) prefetch(in, index + kAhead, n);
 }
 
 template <Formula F, Mode M, bool kWrite, typename T>

@@ -1,6 +1,6 @@
 // Exact selection in about one pass. A sample gives an interval of keys that should hold the k-th;
-// one sweep over the inputs computes every score in L1, writes the mask of what lies above the
-// interval and collects the few keys inside it; the counts prove that the k-th is among them, and
+// one sweep over the inputs computes every score in registers, writes the mask of what lies above
+// the interval and collects the few keys inside it; the counts prove that the k-th is among them, and
 // the winners among the collected are set in the mask. Bound by reading the inputs once.
 // If the interval missed, or holds more than there is room for, histograms narrow it and the sweep
 // is made again; one key that too many elements share is cut in index order by a partial sweep.
@@ -18,9 +18,11 @@ namespace {
 // Neighbours sampled together: a cache line of float. More would be cheap, but neighbours in a row
 // of a real gradient are much alike, and the more of them, the less the sample knows.
 constexpr int kSampleRun = 16;
-static_assert(kShortRun % 64 == 0 && kSampleRun <= kShortRun);
+// Elements whose inputs are fetched, and whose formula is looked up, at a time.
+constexpr int kSweepRun = 512;
+static_assert(kSweepRun % 64 == 0 && kSampleRun <= kSweepRun);
 template <typename T>
-using Buffers = RunBuffers<T, kShortRun>;
+using Buffers = RunBuffers<T, kSweepRun>;
 
 constexpr int64_t kMaxSample = int64_t{1} << 18;
 constexpr int64_t kMinCapacity = 49152;
@@ -71,28 +73,42 @@ struct KeyRule {
   }
 };
 
+// Whether the weight is the score.
+template <Formula F, Mode M>
+constexpr bool kAreGiven = F == Formula::Given && M == Mode::Observe;
+
 // What of 64 neighbouring elements lies where, one bit each.
 struct Classes {
   uint64_t above, inside;
   bool bad;  // some score is an error
 };
 
-template <typename T>
-inline Classes classify(const T* scores, const KeyRule<T>& rule) {
+// Classes of the scores of elements index..index + 64, whose inputs w, g and state point to; the
+// scores themselves go to `scores`, unless they are given. Nothing leaves the registers in between:
+// the fewer instructions stand between two loads, the more of them are under way at a time.
+template <Formula F, Mode M, typename T>
+__attribute__((always_inline)) inline Classes classify(const T* w, const T* g, const T* state,
+                                                       const ScoreParams& params, int64_t index,
+                                                       const KeyRule<T>& rule, T* scores) {
   constexpr int lanes = kLanes<T>;
   using V = Vec<T, lanes>;
   using I = Int<V>;
   uint64_t larger = 0, smaller = 0;
   I largest{};
-  for (int i = 0; i < 64; i += lanes) {
-    V x;
-    std::memcpy(&x, scores + i, sizeof(x));
+  unroll<64 / lanes>([&](auto step) __attribute__((always_inline)) {
+    constexpr int i = step * lanes;
+    V a{}, b{}, c{};
+    if constexpr (needs_weight(F, M)) std::memcpy(&a, w + i, sizeof(V));
+    if constexpr (needs_grad(F, M)) std::memcpy(&b, g + i, sizeof(V));
+    if constexpr (M != Mode::Observe) std::memcpy(&c, state + i, sizeof(V));
+    const V x = score<F, M>(a, b, c, params, index + i);
+    if constexpr (!kAreGiven<F, M>) std::memcpy(scores + i, &x, sizeof(V));
     const I order = rule.order(x);
     larger |= uint64_t{bits_greater<lanes, Int<T>>(order, I{} + rule.high)} << i;
     smaller |= uint64_t{bits_greater<lanes, Int<T>>(I{} + rule.low, order)} << i;
     const I magnitude = rule.magnitude(x);
     largest = magnitude > largest ? magnitude : largest;
-  }
+  });
   return {rule.flip ? smaller : larger, ~(larger | smaller),
           bits_greater<lanes, Int<T>>(largest, I{} + rule.limit) != 0};
 }
@@ -152,31 +168,54 @@ inline bool any_bad(const T* scores, const KeyRule<T>& rule, uint64_t alive) {
   return bad;
 }
 
-// Calls f(scores, classes of the living, element) for every 64 elements of a chunk; 64 scores can
-// be read.
-template <typename T, typename F>
+// fetch(), and zeros up to the next multiple of 64.
+template <typename T>
+inline const T* fetch_words(const View& t, int64_t index, int64_t n, T* buffer) {
+  const T* const found = fetch(t, index, n, buffer);
+  if (n % 64 == 0 || !t.data) return found;
+  if (found != buffer) std::copy_n(found, n, buffer);
+  std::fill_n(buffer + n, 64 - n % 64, T(0));
+  return buffer;
+}
+
+// Calls f.template operator()<F, M>() for the formula and the mode of a selection.
+template <typename Fn>
+inline void for_scores(Formula formula, Mode mode, Fn&& f) {
+  for_formula(formula, [&]<Formula F>() {
+    if (mode == Mode::State)
+      f.template operator()<F, Mode::State>();
+    else
+      f.template operator()<F, Mode::Observe>();
+  });
+}
+
+// Calls f(scores, classes of the living, element, how many are left) for every 64 elements of a
+// chunk; 64 scores can be read.
+template <typename T, typename Fn>
 inline void for_words(const Search& s, const Item& item, const KeyRule<T>& rule, int64_t first,
-                      int64_t n, Buffers<T>& buffers, F&& f) {
-  alignas(64) T run[kShortRun];
-  for (int64_t begin = 0; begin < n; begin += kShortRun) {
-    const int64_t count = std::min<int64_t>(kShortRun, n - begin);
-    prefetch_ahead(item.inputs, first + begin, count);
-    const T* scores = scores_of(s, item, first + begin, count, buffers, run);
-    for (int64_t i = 0; i < count; i += 64) {
-      const int64_t left = count - i;
-      alignas(64) T padded[64];
-      const T* x = scores + i;
-      if (left < 64) {
-        std::fill_n(std::copy_n(x, left, padded), 64 - left, T(0));
-        x = padded;
+                      int64_t n, Buffers<T>& buffers, Fn&& f) {
+  const ScoreInputs& in = item.inputs;
+  for (int64_t begin = 0; begin < n; begin += kSweepRun) {
+    const int64_t index = first + begin, count = std::min<int64_t>(kSweepRun, n - begin);
+    prefetch_ahead(in, index, count);
+    const T* const w = fetch_words(in.weight, index, count, buffers.weight);
+    const T* const g = fetch_words(in.grad, index, count, buffers.grad);
+    const T* const state = fetch_words(in.state, index, count, buffers.state);
+    for_scores(in.formula, s.mode, [&]<Formula F, Mode M>() {
+      for (int64_t i = 0; i < count; i += 64) {
+        alignas(64) T made[64];
+        Classes c = classify<F, M>(w + i, g + i, state + i, in.params, index + i, rule, made);
+        const T* const scores = kAreGiven<F, M> ? w + i : made;
+        const int64_t left = count - i;
+        if (item.alive || left < 64) {
+          const uint64_t alive = mask_word(item.alive, index + i, left);
+          c.above &= alive;
+          c.inside &= alive;
+          c.bad = c.bad && any_bad(scores, rule, alive);
+        }
+        f(scores, c, begin + i, left);
       }
-      const uint64_t alive = mask_word(item.alive, first + begin + i, left);
-      Classes c = classify(x, rule);
-      c.above &= alive;
-      c.inside &= alive;
-      c.bad = c.bad && any_bad(x, rule, alive);
-      f(x, c, begin + i, left);
-    }
+    });
   }
 }
 
@@ -311,8 +350,8 @@ void run_sweep(Search& s, int64_t begin, int64_t end) {
   using K = Int<T>;
   const KeyRule<T> rule(s);
   Buffers<T> buffers;
-  alignas(64) K keys[kChunk + 1];
-  uint16_t offsets[kChunk + 1];
+  alignas(64) K keys[kChunk];
+  uint16_t offsets[kChunk];
   const bool collect = s.low < s.high;
   int64_t total_above = 0, total_inside = 0, bad_item = s.n_items;
   for_chunks(s, begin, end,
@@ -326,16 +365,10 @@ void run_sweep(Search& s, int64_t begin, int64_t end) {
                               total_above += __builtin_popcountll(c.above);
                               inside += __builtin_popcountll(c.inside);
                               if (!collect) return;
-                              // Most words hold no candidate or one: written in any case, so
-                              // that there is no branch to mispredict, and counted if it is there.
-                              uint64_t left_inside = c.inside;
-                              do {
-                                const int j = __builtin_ctzll(left_inside | uint64_t{1} << 63);
+                              for_bits(c.inside, [&](int j) {
                                 keys[collected] = rule.key(scores[j]);
-                                offsets[collected] = static_cast<uint16_t>(at + j);
-                                collected += left_inside != 0;
-                                left_inside &= left_inside - 1;
-                              } while (left_inside);
+                                offsets[collected++] = static_cast<uint16_t>(at + j);
+                              });
                             });
                if (bad) bad_item = std::min(bad_item, i);
                total_inside += inside;
