@@ -12,13 +12,11 @@ namespace secateur {
 
 namespace {
 
-// Elements evaluated at a time: weight, gradient, state and score of a run stay in L1.
+// Elements whose inputs are fetched, and whose formula is looked up, at a time: what is widened or
+// gathered, and scores that are written down, stay in L1.
 constexpr int kRun = 1024;
-// The same where other work follows each run: so few that the processor, which looks ahead over
-// both, asks for the next inputs meanwhile.
-constexpr int kShortRun = 128;
 // Elements from what is evaluated to what memory is asked for meanwhile, where that helps.
-constexpr int64_t kAhead = 2048;
+constexpr int64_t kAhead = 1024;
 
 // Calls f(element offset, stride, first, count) for each stretch of elements index..index + n of
 // `t` along its last dimension; `first` counts from `index`.
@@ -31,6 +29,15 @@ inline void for_stretches(const View& t, int64_t index, int64_t n, F&& f) {
     f(p.offset, t.stride[last], first, count);
     first += count;
   }
+}
+
+// Calls f.template operator()<V>(i) for vectors of T, and for what is left of n as single T.
+template <typename T, typename F>
+__attribute__((always_inline)) inline void for_lanes(int64_t n, F&& f) {
+  constexpr int lanes = kLanes<T>;
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) f.template operator()<Vec<T, lanes>>(i);
+  for (; i < n; ++i) f.template operator()<T>(i);
 }
 
 template <typename S>
@@ -66,13 +73,26 @@ inline const T* fetch(const View& t, int64_t index, int64_t n, T* buffer) {
   }
 }
 
+// The inverse of fetch(): what it gathered to `buffer`.
+template <typename T>
+inline void put_back(const View& t, int64_t index, int64_t n, const T* from, const T* buffer) {
+  if (from != buffer) return;
+  T* const data = static_cast<T*>(t.data);
+  for_stretches(t, index, n, [&](int64_t offset, int64_t stride, int64_t first, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) data[offset + i * stride] = from[first + i];
+  });
+}
+
+inline int64_t size_of(Dtype dtype) {
+  return for_dtype(dtype, []<typename T>() { return static_cast<int64_t>(sizeof(T)); });
+}
+
 // Asks for elements index..index + n of `t`, where they are one stretch of memory. Inlined: a
 // compiler takes a function that only prefetches for one without effect, and drops the call.
 __attribute__((always_inline)) inline void prefetch(const View& t, int64_t index, int64_t n) {
   if (!t.data || t.ndim != 1 || t.stride[0] != 1) return;
-  const int64_t size = t.dtype == Dtype::Double ? 8 : t.dtype == Dtype::Float ? 4 : 2;
   const char* const data = static_cast<const char*>(t.data);
-  for (int64_t byte = index * size; byte < (index + n) * size; byte += 64)
+  for (int64_t byte = index * size_of(t.dtype); byte < (index + n) * size_of(t.dtype); byte += 64)
     __builtin_prefetch(data + byte);
 }
 
@@ -93,62 +113,116 @@ inline bool foresees_one_page() {
 #endif
 }
 
-// For a pass in the order of memory that is at elements index..index + n.
-__attribute__((always_inline)) inline void prefetch_ahead(const ScoreInputs& in, int64_t index,
-                                                          int64_t n) {
-  if (foresees_one_page()) prefetch(in, index + kAhead, n);
-}
+// Asks for the inputs that lie `distance` elements after those of a pass, 64 elements at a time, so
+// that requests and computation take turns. T is the compute type.
+template <typename T>
+class Ahead {
+ public:
+  explicit Ahead(const ScoreInputs& in, int64_t distance = kAhead)
+      : on_(foresees_one_page()),
+        weight_(in.weight, distance),
+        grad_(in.grad, distance),
+        state_(in.state, distance) {}
 
-template <Formula F, Mode M, bool kWrite, typename T>
-inline void score_run(const T* w, const T* g, T* state, const ScoreParams& params, int64_t index,
-                      int64_t n, T* out) {
-  constexpr bool with_weight = needs_weight(F, M);
-  constexpr bool with_grad = needs_grad(F, M);
-  const auto step = [&]<typename V>(int64_t i) {
-    V a{}, b{}, c{};
-    if constexpr (with_weight) __builtin_memcpy(&a, w + i, sizeof(V));
-    if constexpr (with_grad) __builtin_memcpy(&b, g + i, sizeof(V));
-    if constexpr (M != Mode::Observe) __builtin_memcpy(&c, state + i, sizeof(V));
-    const V x = score<F, M>(a, b, c, params, index + i);
-    if constexpr (M == Mode::Update) __builtin_memcpy(state + i, &c, sizeof(V));
-    if constexpr (kWrite) __builtin_memcpy(out + i, &x, sizeof(V));
+  template <Formula F, Mode M>
+  __attribute__((always_inline)) void ask(int64_t index) const {
+    if (!on_) return;
+    if constexpr (needs_weight(F, M)) weight_.ask(index);
+    if constexpr (needs_grad(F, M)) grad_.ask(index);
+    if constexpr (M != Mode::Observe) state_.ask(index);
+  }
+
+ private:
+  struct Stream {
+    const char* data;
+    int64_t size;  // of an element; zero where they do not lie side by side
+
+    Stream(const View& t, int64_t distance)
+        : data(static_cast<const char*>(t.data)),
+          size(t.ndim == 1 && t.stride[0] == 1 ? size_of(t.dtype) : 0) {
+      data += distance * size;
+    }
+
+    // As many lines as the compute type would have: the number is a constant.
+    __attribute__((always_inline)) void ask(int64_t index) const {
+      constexpr int lines = sizeof(T);
+      unroll<lines>([&](auto i) __attribute__((always_inline)) {
+        __builtin_prefetch(data + (index + i * (64 / lines)) * size);
+      });
+    }
   };
-  constexpr int lanes = kLanes<T>;
-  int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) step.template operator()<Vec<T, lanes>>(i);
-  for (; i < n; ++i) step.template operator()<T>(i);
-}
-
-// Room for the inputs of a run of N elements.
-template <typename T, int N = kRun>
-struct RunBuffers {
-  alignas(64) T weight[N];
-  alignas(64) T grad[N];
-  alignas(64) T state[N];
+  bool on_;
+  Stream weight_, grad_, state_;
 };
 
-// Scores of elements index..index + n (n <= N) to `out`; Mode::Update writes the state as well
+// The inputs of neighbouring elements in the compute type; those that a formula does not need are
+// never read.
+template <typename T>
+struct Inputs {
+  const T *weight, *grad;
+  T* state;
+};
+
+// The scores of as many elements as V has lanes, from the i-th of x on, which is element `index` of
+// its tensor; Mode::Update writes the state.
+template <Formula F, Mode M, typename V, typename T>
+__attribute__((always_inline)) inline V score_at(const Inputs<T>& x, int64_t i,
+                                                 const ScoreParams& params, int64_t index) {
+  V a{}, b{}, c{};
+  if constexpr (needs_weight(F, M)) __builtin_memcpy(&a, x.weight + i, sizeof(V));
+  if constexpr (needs_grad(F, M)) __builtin_memcpy(&b, x.grad + i, sizeof(V));
+  if constexpr (M != Mode::Observe) __builtin_memcpy(&c, x.state + i, sizeof(V));
+  const V result = score<F, M>(a, b, c, params, index);
+  if constexpr (M == Mode::Update) __builtin_memcpy(x.state + i, &c, sizeof(V));
+  return result;
+}
+
+// Room for the inputs of a run.
+template <typename T>
+struct RunBuffers {
+  alignas(64) T weight[kRun];
+  alignas(64) T grad[kRun];
+  alignas(64) T state[kRun];
+};
+
+// Elements index..index + n, n <= kRun, where they lie or in the buffers.
+template <typename T>
+inline Inputs<T> fetch(const ScoreInputs& in, int64_t index, int64_t n, RunBuffers<T>& buffers) {
+  return {fetch(in.weight, index, n, buffers.weight), fetch(in.grad, index, n, buffers.grad),
+          const_cast<T*>(fetch(in.state, index, n, buffers.state))};
+}
+
+// The same, and zeros up to the next multiple of 64.
+template <typename T>
+inline Inputs<T> fetch_words(const ScoreInputs& in, int64_t index, int64_t n,
+                             RunBuffers<T>& buffers) {
+  Inputs<T> x = fetch(in, index, n, buffers);
+  if (n % 64 == 0) return x;
+  const auto pad = [n](const View& t, auto& from, T* buffer) {
+    if (!t.data) return;
+    if (from != buffer) std::copy_n(from, n, buffer);
+    std::fill_n(buffer + n, 64 - n % 64, T(0));
+    from = buffer;
+  };
+  pad(in.weight, x.weight, buffers.weight);
+  pad(in.grad, x.grad, buffers.grad);
+  pad(in.state, x.state, buffers.state);
+  return x;
+}
+
+// Scores of elements index..index + n, n <= kRun, to `out`; Mode::Update writes the state as well
 // (and with kWrite false nothing else).
-template <Mode M, bool kWrite = true, typename T, int N>
-inline void evaluate(const ScoreInputs& in, int64_t index, int64_t n, RunBuffers<T, N>& buffers,
+template <Mode M, bool kWrite = true, typename T>
+inline void evaluate(const ScoreInputs& in, int64_t index, int64_t n, RunBuffers<T>& buffers,
                      T* out) {
-  const T* const w = fetch(in.weight, index, n, buffers.weight);
-  const T* const g = fetch(in.grad, index, n, buffers.grad);
-  T* state = nullptr;
-  if constexpr (M != Mode::Observe)
-    state = const_cast<T*>(fetch(in.state, index, n, buffers.state));
-  for_formula(in.formula,
-              [&]<Formula F>() { score_run<F, M, kWrite>(w, g, state, in.params, index, n, out); });
-  if constexpr (M == Mode::Update) {
-    if (state == buffers.state) {  // a strided state was gathered: scatter it back
-      T* const data = static_cast<T*>(in.state.data);
-      for_stretches(in.state, index, n,
-                    [&](int64_t offset, int64_t stride, int64_t first, int64_t count) {
-                      for (int64_t i = 0; i < count; ++i)
-                        data[offset + i * stride] = state[first + i];
-                    });
-    }
-  }
+  const Inputs<T> x = fetch(in, index, n, buffers);
+  for_formula(in.formula, [&]<Formula F>() {
+    for_lanes<T>(n, [&]<typename V>(int64_t i) {
+      const V result = score_at<F, M, V>(x, i, in.params, index + i);
+      if constexpr (kWrite) __builtin_memcpy(out + i, &result, sizeof(V));
+    });
+  });
+  if constexpr (M == Mode::Update) put_back(in.state, index, n, x.state, buffers.state);
 }
 
 }  // namespace

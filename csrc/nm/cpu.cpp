@@ -1,10 +1,11 @@
-// N:M masks: the n best of every m neighbours. The scores of a run are made in L1 and never leave
-// it; an element is kept if fewer than n of its group are better, which is counted by comparing a
-// vector with itself, lanes exchanged: m - 1 comparisons a vector, no branch, ties by index. Up
-// to m = 4 that takes about as long as reading the inputs once; above, the comparisons bound it.
-// Groups of a power of two that fill the rows lie as the vectors want them. All others are copied
-// to slots of the next power of two; what pads them is worse than any score.
-// Compiled once per instruction set; no torch header, no static data (see cmake/op.cmake).
+// N:M masks: the n best of every m neighbours. Scores are made in registers and never leave them,
+// or L1 where groups do not fill vectors; an element is kept if fewer than n of its group are
+// better, which is counted by comparing a vector with itself, lanes exchanged: m - 1 comparisons a
+// vector, no branch, ties by index. Up to m = 4 that takes about as long as reading the inputs
+// once; above, the comparisons bound it. Groups of a power of two that fill the rows lie as the
+// vectors want them. All others are copied to slots of the next power of two; what pads them is
+// worse than any score. Compiled once per instruction set; no torch header, no static data (see
+// cmake/op.cmake).
 #include <algorithm>
 #include <bit>
 #include <cstring>
@@ -16,36 +17,37 @@
 namespace secateur::nm::SECATEUR_ISA {
 namespace {
 
-// Elements scored and judged at a time: few, so that reading and comparing overlap.
-constexpr int kStep = 256;
-static_assert(kStep <= kRun);
-
 // Worse than the key of any finite score.
 template <typename T>
 constexpr Int<T> kWorst = std::numeric_limits<Int<T>>::min();
 
-// Turns scores into keys, integers of which the larger is better; 0.0 and -0.0 have the same.
-// Fills up to the next multiple of 64 with the worst. Returns whether some score is not finite.
+// The keys of 64 elements: integers of which the larger is better.
 template <typename T>
-bool make_keys(const T* scores, int64_t n, bool largest, Int<T>* keys) {
-  constexpr int lanes = kLanes<T>;
-  using V = Vec<T, lanes>;
-  using I = Int<V>;
-  constexpr Int<T> limit = std::numeric_limits<Int<T>>::max();
-  const Int<T> infinity = bits_as<Int<T>>(std::numeric_limits<T>::infinity());
-  const Int<T> flip = largest ? 0 : -1;
-  I highest{};
-  for (int64_t i = 0; i < n; i += lanes) {
-    const V x = load_first<lanes>(scores + i, n - i);
-    const I bits = bits_as<I>(x + V{});
-    const I key = bits ^ ((bits >> (sizeof(T) * 8 - 1)) & limit) ^ flip;
-    std::memcpy(keys + i, &key, sizeof(key));
+using Keys = Vec<Int<T>, kLanes<T>>[64 / kLanes<T>];
+
+// Turns scores into keys; 0.0 and -0.0 have the same.
+template <typename T>
+struct KeyRule {
+  using I = Int<Vec<T, kLanes<T>>>;
+  Int<T> flip;
+  I highest{};  // magnitude yet, as bits
+
+  explicit KeyRule(bool largest) : flip(largest ? 0 : -1) {}
+
+  I operator()(Vec<T, kLanes<T>> x) {
+    constexpr Int<T> limit = std::numeric_limits<Int<T>>::max();
+    const I bits = bits_as<I>(x + Vec<T, kLanes<T>>{});
     const I magnitude = bits & limit;
     highest = magnitude > highest ? magnitude : highest;
+    return bits ^ ((bits >> (sizeof(T) * 8 - 1)) & limit) ^ flip;
   }
-  std::fill(keys + n, keys + (n + 63) / 64 * 64, kWorst<T>);
-  return bits_greater<lanes, Int<T>>(highest, I{} + (infinity - 1)) != 0;
-}
+
+  // Whether some score was not finite.
+  bool bad() const {
+    const Int<T> infinity = bits_as<Int<T>>(std::numeric_limits<T>::infinity());
+    return bits_greater<kLanes<T>, Int<T>>(highest, I{} + (infinity - 1)) != 0;
+  }
+};
 
 // Lane l is v[l ^ D].
 template <int D, typename V>
@@ -84,16 +86,15 @@ inline Vec<K, N> count_greater(Vec<K, N> counts, Vec<K, N> a, Vec<K, N> b) {
 
 // Which of 64 keys are among the n best of their group of P; ties go to the lower index.
 template <int P, typename T>
-inline uint64_t best(const Int<T>* keys, int64_t n) {
+__attribute__((always_inline)) inline uint64_t best(const Keys<T>& keys, int64_t n) {
   constexpr int lanes = kLanes<T>;
   constexpr int span = std::min(P, lanes);
   using K = Int<T>;
   using I = Vec<K, lanes>;
   const I enough = I{} - static_cast<K>(n);
   uint64_t kept = 0;
-  for (int i = 0; i < 64; i += lanes) {
-    I key;
-    std::memcpy(&key, keys + i, sizeof(key));
+  unroll<64 / lanes>([&](auto at) __attribute__((always_inline)) {
+    const I key = keys[at];
     // A partner of lower index is better where it is equal too: above key - 1. As unsigned, since
     // the worst wraps around; that gives a slot's padding wrong ranks, and nobody asks for them.
     const auto less = [&](I by) {
@@ -105,65 +106,77 @@ inline uint64_t best(const Int<T>* keys, int64_t n) {
         better = count_greater<lanes, K>(better, exchange<d>(key), less(lower_partner<d, I>()));
     });
     if constexpr (P > lanes) {
-      const int group = i / P * P;
-      for (int j = group; j < group + P; j += lanes) {
-        if (j == i) continue;
-        I other;
-        std::memcpy(&other, keys + j, sizeof(other));
-        const I bound = j < i ? less(I{} - 1) : key;
+      constexpr int vectors = P / lanes;  // of a group
+      for (int j = at / vectors * vectors; j < (at / vectors + 1) * vectors; ++j) {
+        if (j == at) continue;
+        const I other = keys[j];
+        const I bound = j < at ? less(I{} - 1) : key;
         unroll<lanes>([&](auto d) __attribute__((always_inline)) {
           better = count_greater<lanes, K>(better, exchange<d>(other), bound);
         });
       }
     }
-    kept |= uint64_t{bits_greater<lanes, K>(better, enough)} << i;
-  }
+    kept |= uint64_t{bits_greater<lanes, K>(better, enough)} << at * lanes;
+  });
   return kept;
 }
 
 inline uint64_t lowest_bits(int64_t n) { return n < 64 ? (uint64_t{1} << n) - 1 : ~uint64_t{0}; }
 
-// Scores elements index..index + n, n <= kRun, and leaves their keys.
-template <typename T>
-inline bool keys_of(const Args& a, int64_t index, int64_t n, RunBuffers<T>& buffers, Int<T>* keys) {
-  alignas(64) T scores[kRun];
-  prefetch_ahead(a.inputs, index, n);
-  if (a.mode == Mode::State)
-    evaluate<Mode::State>(a.inputs, index, n, buffers, scores);
-  else
-    evaluate<Mode::Observe>(a.inputs, index, n, buffers, scores);
-  return make_keys(scores, n, a.largest, keys);
+// Calls f(keys, element) for 64 elements at a time of index..index + n, n <= kRun; of the last
+// ones, keys beyond the n-th are of zeros.
+template <typename T, typename Fn>
+inline void for_keys(const Args& a, int64_t index, int64_t n, RunBuffers<T>& buffers,
+                     KeyRule<T>& key_of, Fn&& f) {
+  constexpr int lanes = kLanes<T>;
+  const Inputs<T> x = fetch_words(a.inputs, index, n, buffers);
+  const Ahead<T> ahead(a.inputs);
+  const auto run = [&]<Formula F, Mode M>() {
+    for (int64_t i = 0; i < n; i += 64) {
+      ahead.template ask<F, M>(index + i);
+      Keys<T> keys;
+      unroll<64 / lanes>([&](auto v) __attribute__((always_inline)) {
+        const int64_t at = i + v * lanes;
+        keys[v] = key_of(score_at<F, M, Vec<T, lanes>>(x, at, a.inputs.params, index + at));
+      });
+      f(keys, index + i);
+    }
+  };
+  for_formula(a.inputs.formula, [&]<Formula F>() {
+    if (a.mode == Mode::State)
+      run.template operator()<F, Mode::State>();
+    else
+      run.template operator()<F, Mode::Observe>();
+  });
 }
 
 // Elements first..last where groups are aligned to their size.
 template <int P, typename T>
-bool run_aligned(const Args& a, int64_t first, int64_t last, RunBuffers<T>& buffers) {
-  alignas(64) Int<T> keys[kStep];
-  bool bad = false;
-  for (int64_t index = first; index < last; index += kStep) {
-    const int64_t count = std::min<int64_t>(kStep, last - index);
-    bad |= keys_of(a, index, count, buffers, keys);
-    int64_t i = 0;
-    for (; i + 64 <= count; i += 64) {
-      const uint64_t kept = best<P, T>(keys + i, a.n);
-      std::memcpy(a.mask + (index + i) / 8, &kept, sizeof(kept));
-    }
-    if (i == count) continue;
-    const uint64_t kept = best<P, T>(keys + i, a.n) & lowest_bits(count - i);
-    std::memcpy(a.mask + (index + i) / 8, &kept, static_cast<size_t>((count - i + 7) / 8));
-  }
-  return bad;
+void run_aligned(const Args& a, int64_t first, int64_t last, RunBuffers<T>& buffers,
+                 KeyRule<T>& key_of) {
+  for (int64_t index = first; index < last; index += kRun)
+    for_keys(a, index, std::min<int64_t>(kRun, last - index), buffers, key_of,
+             [&](const Keys<T>& keys, int64_t at) {
+               const int64_t left = last - at;
+               uint64_t kept = best<P, T>(keys, a.n);
+               if (left >= 64) {
+                 std::memcpy(a.mask + at / 8, &kept, sizeof(kept));
+               } else {
+                 kept &= lowest_bits(left);
+                 std::memcpy(a.mask + at / 8, &kept, static_cast<size_t>((left + 7) / 8));
+               }
+             });
 }
 
 // Elements first..last of any groups. A group that sticks out at an end is judged as a whole, here
 // and in the neighbouring unit; each writes its own part.
 template <int P, typename T>
-bool run_padded(const Args& a, int64_t first, int64_t last, RunBuffers<T>& buffers) {
+void run_padded(const Args& a, int64_t first, int64_t last, RunBuffers<T>& buffers,
+                KeyRule<T>& key_of) {
   constexpr int slots = 64 / P;
   alignas(64) Int<T> keys[kRun];
   uint64_t bits[kUnit / 64 + 2] = {};  // from element `origin` on
   const int64_t origin = first - 64;
-  bool bad = false;
   int64_t col = first % a.n_cols / a.m * a.m;
   int64_t index = first - first % a.n_cols + col;
   while (index < last) {
@@ -171,9 +184,11 @@ bool run_padded(const Args& a, int64_t first, int64_t last, RunBuffers<T>& buffe
     const int64_t inside = std::min(index + kRun - kMaxGroup, last) - 1;
     const int64_t inside_col = inside % a.n_cols;
     const int64_t end = inside - inside_col + std::min((inside_col / a.m + 1) * a.m, a.n_cols);
-    bad |= keys_of(a, index, end - index, buffers, keys);
+    for_keys(a, index, end - index, buffers, key_of, [&](const Keys<T>& made, int64_t at) {
+      std::memcpy(keys + (at - index), &made, sizeof(made));
+    });
     for (int64_t at = index; at < end;) {
-      alignas(64) Int<T> padded[64];
+      Int<T> padded[64];
       int64_t size[slots] = {}, to = at - origin;
       int used = 0;
       for (; used < slots && at < end; ++used) {
@@ -184,7 +199,9 @@ bool run_padded(const Args& a, int64_t first, int64_t last, RunBuffers<T>& buffe
         col = col + size[used] == a.n_cols ? 0 : col + size[used];
       }
       std::fill(padded + used * P, padded + 64, kWorst<T>);
-      const uint64_t kept = best<P, T>(padded, a.n);
+      Keys<T> together;
+      std::memcpy(&together, padded, sizeof(padded));
+      const uint64_t kept = best<P, T>(together, a.n);
       for (int s = 0; s < slots; to += size[s++]) {
         const uint64_t group = kept >> s * P & lowest_bits(size[s]);
         bits[to / 64] |= group << to % 64;
@@ -194,20 +211,21 @@ bool run_padded(const Args& a, int64_t first, int64_t last, RunBuffers<T>& buffe
     index = end;
   }
   std::memcpy(a.mask + first / 8, bits + 1, static_cast<size_t>((last - first + 7) / 8));
-  return bad;
 }
 
 template <int P, typename T>
 bool run_units(const Args& a, int64_t begin, int64_t end) {
   RunBuffers<T> buffers;
-  bool bad = false;
+  KeyRule<T> key_of(a.largest);
   const bool aligned = a.m == P && a.n_cols % P == 0;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t first = unit * kUnit, last = std::min(first + kUnit, a.numel);
-    bad |=
-        aligned ? run_aligned<P>(a, first, last, buffers) : run_padded<P>(a, first, last, buffers);
+    if (aligned)
+      run_aligned<P>(a, first, last, buffers, key_of);
+    else
+      run_padded<P>(a, first, last, buffers, key_of);
   }
-  return bad;
+  return key_of.bad();
 }
 
 template <typename T>

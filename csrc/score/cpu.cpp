@@ -29,50 +29,47 @@ struct Grid {
         strips((a.n_rows + a.rows - 1) / a.rows) {}
 };
 
-template <typename V, typename T>
-inline V load_as(const T* p) {
-  V v;
-  __builtin_memcpy(&v, p, sizeof(v));
-  return v;
-}
-
-// into[i] = combine(into[i], enter(from[i]))
-template <Reduce R, bool kEnter, typename T>
-inline void combine_run(T* into, const T* from, int64_t n) {
-  constexpr int lanes = kLanes<T>;
-  using V = Vec<T, lanes>;
-  int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) {
-    V x = load_as<V>(from + i);
-    if constexpr (kEnter) x = enter<R>(x);
-    x = combine<R>(load_as<V>(into + i), x);
-    __builtin_memcpy(into + i, &x, sizeof(x));
-  }
-  for (; i < n; ++i) into[i] = combine<R>(into[i], kEnter ? enter<R>(from[i]) : from[i]);
+// into[i] = combine(into[i], f.template operator()<V>(i)) for i in [0, n).
+template <Reduce R, typename T, typename F>
+__attribute__((always_inline)) inline void combine_run(T* into, int64_t n, F&& f) {
+  for_lanes<T>(n, [&]<typename V>(int64_t i) {
+    V v;
+    __builtin_memcpy(&v, into + i, sizeof(V));
+    v = combine<R>(v, f.template operator()<V>(i));
+    __builtin_memcpy(into + i, &v, sizeof(V));
+  });
 }
 
 // column[c] = rows row..row_end of column col + c, reduced in row order.
 template <Mode M, Reduce R, typename T>
 void reduce_columns(const Args& a, int64_t row, int64_t row_end, int64_t col, int64_t n,
                     T* column) {
-  RunBuffers<T, kShortRun> buffers;
-  alignas(64) T run[kShortRun];
+  const ScoreInputs& in = a.inputs;
+  RunBuffers<T> buffers;
   std::fill_n(column, n, identity<T>(R));
   const bool whole = n == a.n_cols;
-  // Whole rows are one stretch of elements: short ones go several at a time.
-  const int64_t step = whole ? std::max<int64_t>(1, kShortRun / n) : 1;
+  // Whole rows are one stretch of elements, of parts the next row's does not follow this one.
+  const Ahead<T> ahead(in, whole ? kAhead : a.n_cols);
+  // Short rows go several at a time.
+  const int64_t step = whole ? std::max<int64_t>(1, kRun / n) : 1;
   for (; row < row_end; row += step) {
     const int64_t rows = std::min(step, row_end - row);
-    const int64_t first = row * a.n_cols + col;
-    for (int64_t c = 0; c < n; c += kShortRun) {
-      const int64_t width = std::min<int64_t>(kShortRun, n - c);
-      // The next row's part does not follow this one.
-      if (whole)
-        prefetch_ahead(a.inputs, first + c, rows * width);
-      else if (row + 1 < row_end)
-        prefetch(a.inputs, first + a.n_cols + c, width);
-      evaluate<M>(a.inputs, first + c, rows * width, buffers, run);
-      for (int64_t r = 0; r < rows; ++r) combine_run<R, true>(column + c, run + r * width, width);
+    for (int64_t c = 0; c < n; c += kRun) {
+      const int64_t width = std::min<int64_t>(kRun, n - c);
+      const int64_t first = row * a.n_cols + col + c;
+      const Inputs<T> x = fetch(in, first, rows * width, buffers);
+      for_formula(in.formula, [&]<Formula F>() {
+        for (int64_t at = 0; at < rows * width; at += width) {
+          for (int64_t i = 0; i < width; i += 64) {
+            ahead.template ask<F, M>(first + at + i);
+            combine_run<R>(column + c + i, std::min<int64_t>(64, width - i),
+                           [&]<typename V>(int64_t j) {
+                             const int64_t k = at + i + j;
+                             return enter<R>(score_at<F, M, V>(x, k, in.params, first + k));
+                           });
+          }
+        }
+      });
     }
   }
 }
@@ -82,7 +79,11 @@ template <Reduce R, typename T>
 inline void fold(T* lanes, const T* column, int64_t n) {
   int64_t i = 0;
   for (; i + kReduceLanes <= n; i += kReduceLanes)
-    combine_run<R, false>(lanes, column + i, kReduceLanes);
+    combine_run<R>(lanes, kReduceLanes, [&]<typename V>(int64_t j) {
+      V v;
+      __builtin_memcpy(&v, column + i + j, sizeof(V));
+      return v;
+    });
   for (int64_t j = 0; i + j < n; ++j) lanes[j] = combine<R>(lanes[j], column[i + j]);
 }
 

@@ -1,10 +1,10 @@
 // Exact selection in about one pass. A sample gives an interval of keys that should hold the k-th;
 // one sweep over the inputs computes every score in registers, writes the mask of what lies above
-// the interval and collects the few keys inside it; the counts prove that the k-th is among them, and
-// the winners among the collected are set in the mask. Bound by reading the inputs once.
-// If the interval missed, or holds more than there is room for, histograms narrow it and the sweep
-// is made again; one key that too many elements share is cut in index order by a partial sweep.
-// Compiled once per instruction set; no torch header, no static data (see cmake/op.cmake).
+// the interval and collects the few keys inside it; the counts prove that the k-th is among them,
+// and the winners among the collected are set in the mask. Bound by reading the inputs once. If the
+// interval missed, or holds more than there is room for, histograms narrow it and the sweep is made
+// again; one key that too many elements share is cut in index order by a partial sweep. Compiled
+// once per instruction set; no torch header, no static data (see cmake/op.cmake).
 #include <algorithm>
 #include <cstring>
 #include <limits>
@@ -18,11 +18,6 @@ namespace {
 // Neighbours sampled together: a cache line of float. More would be cheap, but neighbours in a row
 // of a real gradient are much alike, and the more of them, the less the sample knows.
 constexpr int kSampleRun = 16;
-// Elements whose inputs are fetched, and whose formula is looked up, at a time.
-constexpr int kSweepRun = 512;
-static_assert(kSweepRun % 64 == 0 && kSampleRun <= kSweepRun);
-template <typename T>
-using Buffers = RunBuffers<T, kSweepRun>;
 
 constexpr int64_t kMaxSample = int64_t{1} << 18;
 constexpr int64_t kMinCapacity = 49152;
@@ -73,21 +68,17 @@ struct KeyRule {
   }
 };
 
-// Whether the weight is the score.
-template <Formula F, Mode M>
-constexpr bool kAreGiven = F == Formula::Given && M == Mode::Observe;
-
 // What of 64 neighbouring elements lies where, one bit each.
 struct Classes {
   uint64_t above, inside;
   bool bad;  // some score is an error
 };
 
-// Classes of the scores of elements index..index + 64, whose inputs w, g and state point to; the
-// scores themselves go to `scores`, unless they are given. Nothing leaves the registers in between:
-// the fewer instructions stand between two loads, the more of them are under way at a time.
+// Classes of the scores of 64 elements, from the i-th of x on, which is element `index`; the scores
+// themselves go to `scores`. Nothing else leaves the registers: the fewer instructions stand
+// between two loads, the more of those are under way at a time.
 template <Formula F, Mode M, typename T>
-__attribute__((always_inline)) inline Classes classify(const T* w, const T* g, const T* state,
+__attribute__((always_inline)) inline Classes classify(const Inputs<T>& x, int64_t i,
                                                        const ScoreParams& params, int64_t index,
                                                        const KeyRule<T>& rule, T* scores) {
   constexpr int lanes = kLanes<T>;
@@ -96,17 +87,13 @@ __attribute__((always_inline)) inline Classes classify(const T* w, const T* g, c
   uint64_t larger = 0, smaller = 0;
   I largest{};
   unroll<64 / lanes>([&](auto step) __attribute__((always_inline)) {
-    constexpr int i = step * lanes;
-    V a{}, b{}, c{};
-    if constexpr (needs_weight(F, M)) std::memcpy(&a, w + i, sizeof(V));
-    if constexpr (needs_grad(F, M)) std::memcpy(&b, g + i, sizeof(V));
-    if constexpr (M != Mode::Observe) std::memcpy(&c, state + i, sizeof(V));
-    const V x = score<F, M>(a, b, c, params, index + i);
-    if constexpr (!kAreGiven<F, M>) std::memcpy(scores + i, &x, sizeof(V));
-    const I order = rule.order(x);
-    larger |= uint64_t{bits_greater<lanes, Int<T>>(order, I{} + rule.high)} << i;
-    smaller |= uint64_t{bits_greater<lanes, Int<T>>(I{} + rule.low, order)} << i;
-    const I magnitude = rule.magnitude(x);
+    constexpr int j = step * lanes;
+    const V score = score_at<F, M, V>(x, i + j, params, index + j);
+    std::memcpy(scores + j, &score, sizeof(V));
+    const I order = rule.order(score);
+    larger |= uint64_t{bits_greater<lanes, Int<T>>(order, I{} + rule.high)} << j;
+    smaller |= uint64_t{bits_greater<lanes, Int<T>>(I{} + rule.low, order)} << j;
+    const I magnitude = rule.magnitude(score);
     largest = magnitude > largest ? magnitude : largest;
   });
   return {rule.flip ? smaller : larger, ~(larger | smaller),
@@ -135,18 +122,6 @@ inline void for_bits(uint64_t bits, F&& f) {
   for (; bits; bits &= bits - 1) f(__builtin_ctzll(bits));
 }
 
-template <typename T>
-inline const T* scores_of(const Search& s, const Item& item, int64_t index, int64_t n,
-                          Buffers<T>& buffers, T* out) {
-  if (s.mode == Mode::State) {
-    evaluate<Mode::State>(item.inputs, index, n, buffers, out);
-    return out;
-  }
-  if (item.inputs.formula == Formula::Given) return fetch(item.inputs.weight, index, n, out);
-  evaluate<Mode::Observe>(item.inputs, index, n, buffers, out);
-  return out;
-}
-
 // Calls f(item, item's number, chunk, first element in the item, number of elements).
 template <typename F>
 inline void for_chunks(const Search& s, int64_t begin, int64_t end, F&& f) {
@@ -168,16 +143,6 @@ inline bool any_bad(const T* scores, const KeyRule<T>& rule, uint64_t alive) {
   return bad;
 }
 
-// fetch(), and zeros up to the next multiple of 64.
-template <typename T>
-inline const T* fetch_words(const View& t, int64_t index, int64_t n, T* buffer) {
-  const T* const found = fetch(t, index, n, buffer);
-  if (n % 64 == 0 || !t.data) return found;
-  if (found != buffer) std::copy_n(found, n, buffer);
-  std::fill_n(buffer + n, 64 - n % 64, T(0));
-  return buffer;
-}
-
 // Calls f.template operator()<F, M>() for the formula and the mode of a selection.
 template <typename Fn>
 inline void for_scores(Formula formula, Mode mode, Fn&& f) {
@@ -193,22 +158,20 @@ inline void for_scores(Formula formula, Mode mode, Fn&& f) {
 // chunk; 64 scores can be read.
 template <typename T, typename Fn>
 inline void for_words(const Search& s, const Item& item, const KeyRule<T>& rule, int64_t first,
-                      int64_t n, Buffers<T>& buffers, Fn&& f) {
+                      int64_t n, RunBuffers<T>& buffers, Fn&& f) {
   const ScoreInputs& in = item.inputs;
-  for (int64_t begin = 0; begin < n; begin += kSweepRun) {
-    const int64_t index = first + begin, count = std::min<int64_t>(kSweepRun, n - begin);
-    prefetch_ahead(in, index, count);
-    const T* const w = fetch_words(in.weight, index, count, buffers.weight);
-    const T* const g = fetch_words(in.grad, index, count, buffers.grad);
-    const T* const state = fetch_words(in.state, index, count, buffers.state);
+  const Ahead<T> ahead(in);
+  for (int64_t begin = 0; begin < n; begin += kRun) {
+    const int64_t count = std::min<int64_t>(kRun, n - begin);
+    const Inputs<T> x = fetch_words(in, first + begin, count, buffers);
     for_scores(in.formula, s.mode, [&]<Formula F, Mode M>() {
       for (int64_t i = 0; i < count; i += 64) {
-        alignas(64) T made[64];
-        Classes c = classify<F, M>(w + i, g + i, state + i, in.params, index + i, rule, made);
-        const T* const scores = kAreGiven<F, M> ? w + i : made;
-        const int64_t left = count - i;
+        const int64_t index = first + begin + i, left = count - i;
+        ahead.template ask<F, M>(index);
+        alignas(64) T scores[64];
+        Classes c = classify<F, M>(x, i, in.params, index, rule, scores);
         if (item.alive || left < 64) {
-          const uint64_t alive = mask_word(item.alive, index + i, left);
+          const uint64_t alive = mask_word(item.alive, index, left);
           c.above &= alive;
           c.inside &= alive;
           c.bad = c.bad && any_bad(scores, rule, alive);
@@ -312,15 +275,19 @@ void run_sample(Search& s, int64_t begin, int64_t end) {
   const int64_t part = s.numel / s.n_tasks;
   const Item* item = s.items;
   const Item* const last = s.items + s.n_items - 1;
-  Buffers<T> buffers;
+  RunBuffers<T> buffers;
   Place places[ahead];
   K keys[ahead * kSampleRun];
   int64_t sampled = 0;
   for (int64_t task = begin; task < end + ahead; ++task) {
     Place& place = places[task % ahead];
     if (task >= begin + ahead) {
-      T run[kSampleRun];
-      const T* const scores = scores_of(s, *place.item, place.first, place.n, buffers, run);
+      T scores[kSampleRun];
+      const ScoreInputs& in = place.item->inputs;
+      if (s.mode == Mode::State)
+        evaluate<Mode::State>(in, place.first, place.n, buffers, scores);
+      else
+        evaluate<Mode::Observe>(in, place.first, place.n, buffers, scores);
       uint64_t alive = mask_word(place.item->alive, place.first, place.n);
       if (alive == (uint64_t{1} << kSampleRun) - 1) {
         for (int j = 0; j < kSampleRun; ++j) keys[sampled + j] = rule.key(scores[j]);
@@ -349,9 +316,9 @@ template <typename T>
 void run_sweep(Search& s, int64_t begin, int64_t end) {
   using K = Int<T>;
   const KeyRule<T> rule(s);
-  Buffers<T> buffers;
-  alignas(64) K keys[kChunk];
-  uint16_t offsets[kChunk];
+  RunBuffers<T> buffers;
+  alignas(64) K keys[kChunk + 1];
+  uint16_t offsets[kChunk + 1];
   const bool collect = s.low < s.high;
   int64_t total_above = 0, total_inside = 0, bad_item = s.n_items;
   for_chunks(s, begin, end,
@@ -365,10 +332,16 @@ void run_sweep(Search& s, int64_t begin, int64_t end) {
                               total_above += __builtin_popcountll(c.above);
                               inside += __builtin_popcountll(c.inside);
                               if (!collect) return;
-                              for_bits(c.inside, [&](int j) {
+                              // Most words hold no candidate or one: written in any case, so
+                              // that there is no branch to mispredict, and counted if it is there.
+                              uint64_t left_inside = c.inside;
+                              do {
+                                const int j = __builtin_ctzll(left_inside | uint64_t{1} << 63);
                                 keys[collected] = rule.key(scores[j]);
-                                offsets[collected++] = static_cast<uint16_t>(at + j);
-                              });
+                                offsets[collected] = static_cast<uint16_t>(at + j);
+                                collected += left_inside != 0;
+                                left_inside &= left_inside - 1;
+                              } while (left_inside);
                             });
                if (bad) bad_item = std::min(bad_item, i);
                total_inside += inside;
@@ -411,7 +384,7 @@ void run_choose(Search& s, int64_t begin, int64_t end) {
 template <typename T>
 void run_histogram(Search& s, int64_t begin, int64_t end) {
   const KeyRule<T> rule(s);
-  Buffers<T> buffers;
+  RunBuffers<T> buffers;
   int64_t histogram[kBins] = {};
   int64_t bad_item = s.n_items;
   for_chunks(s, begin, end, [&](const Item& item, int64_t i, int64_t, int64_t first, int64_t n) {
@@ -439,7 +412,7 @@ void run_histogram(Search& s, int64_t begin, int64_t end) {
 template <typename T>
 void run_fill(Search& s, int64_t begin, int64_t end) {
   const KeyRule<T> rule(s);
-  Buffers<T> buffers;
+  RunBuffers<T> buffers;
   for_chunks(s, begin, end,
              [&](const Item& item, int64_t, int64_t chunk, int64_t first, int64_t n) {
                int64_t ties = chunk + 1 < s.n_tasks ? n : s.ties;
