@@ -192,24 +192,6 @@ inline Inputs<T> fetch(const ScoreInputs& in, int64_t index, int64_t n, RunBuffe
           const_cast<T*>(fetch(in.state, index, n, buffers.state))};
 }
 
-// The same, and zeros up to the next multiple of 64.
-template <typename T>
-inline Inputs<T> fetch_words(const ScoreInputs& in, int64_t index, int64_t n,
-                             RunBuffers<T>& buffers) {
-  Inputs<T> x = fetch(in, index, n, buffers);
-  if (n % 64 == 0) return x;
-  const auto pad = [n](const View& t, auto& from, T* buffer) {
-    if (!t.data) return;
-    if (from != buffer) std::copy_n(from, n, buffer);
-    std::fill_n(buffer + n, 64 - n % 64, T(0));
-    from = buffer;
-  };
-  pad(in.weight, x.weight, buffers.weight);
-  pad(in.grad, x.grad, buffers.grad);
-  pad(in.state, x.state, buffers.state);
-  return x;
-}
-
 // Scores of elements index..index + n, n <= kRun, to `out`; Mode::Update writes the state as well
 // (and with kWrite false nothing else).
 template <Mode M, bool kWrite = true, typename T>
@@ -224,6 +206,58 @@ inline void evaluate(const ScoreInputs& in, int64_t index, int64_t n, RunBuffers
   });
   if constexpr (M == Mode::Update) put_back(in.state, index, n, x.state, buffers.state);
 }
+
+// Scores for a kernel that goes on with 64 of them while the next inputs come: what stands between
+// two loads is little, and formulas are compiled once.
+template <typename T>
+class Scorer {
+ public:
+  Scorer(const ScoreInputs& in, Mode mode, int64_t distance = kAhead)
+      : in_(in), mode_(mode), ahead_(in, distance) {
+    for_formula(in.formula, [&]<Formula F>() {
+      for_mode(mode, [&]<Mode M>() { score_word_ = &Scorer::template score_word<F, M>; });
+    });
+  }
+
+  // Calls f(scores, element, how many are left) for every 64 elements of index..index + n; 64
+  // scores can be read, zeros where fewer are left.
+  template <typename F>
+  __attribute__((always_inline)) void for_words(int64_t index, int64_t n, F&& f) {
+    for (int64_t first = index; first < index + n; first += kRun) {
+      const int64_t count = std::min<int64_t>(kRun, index + n - first);
+      const Inputs<T> x = fetch(in_, first, count, buffers_);
+      for (int64_t i = 0; i < count; i += 64) {
+        const int64_t left = count - i;
+        alignas(64) T scores[64];
+        if (left < 64) std::fill_n(scores + left, 64 - left, T(0));
+        (this->*score_word_)(x, i, std::min<int64_t>(left, 64), first + i, scores);
+        f(scores, first + i, left);
+      }
+      if (mode_ == Mode::Update) put_back(in_.state, first, count, x.state, buffers_.state);
+    }
+  }
+
+ private:
+  template <Formula F, Mode M>
+  void score_word(const Inputs<T>& x, int64_t i, int64_t n, int64_t index, T* out) const {
+    ahead_.template ask<F, M>(index);
+    const auto score = [&]<typename V>(int64_t j) __attribute__((always_inline)) {
+      const V result = score_at<F, M, V>(x, i + j, in_.params, index + j);
+      __builtin_memcpy(out + j, &result, sizeof(V));
+    };
+    constexpr int lanes = kLanes<T>;
+    if (n < 64) return for_lanes<T>(n, score);
+    unroll<64 / lanes>([&](auto k) __attribute__((always_inline)) {
+      score.template operator()<Vec<T, lanes>>(k * lanes);
+    });
+  }
+
+  const ScoreInputs& in_;
+  Mode mode_;
+  Ahead<T> ahead_;
+  void (Scorer::*score_word_)(const Inputs<T>&, int64_t, int64_t, int64_t, T*) const;
+  RunBuffers<T> buffers_;
+};
 
 }  // namespace
 }  // namespace secateur

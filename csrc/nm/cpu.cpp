@@ -1,11 +1,10 @@
-// N:M masks: the n best of every m neighbours. Scores are made in registers and never leave them,
-// or L1 where groups do not fill vectors; an element is kept if fewer than n of its group are
-// better, which is counted by comparing a vector with itself, lanes exchanged: m - 1 comparisons a
-// vector, no branch, ties by index. Up to m = 4 that takes about as long as reading the inputs
-// once; above, the comparisons bound it. Groups of a power of two that fill the rows lie as the
-// vectors want them. All others are copied to slots of the next power of two; what pads them is
-// worse than any score. Compiled once per instruction set; no torch header, no static data (see
-// cmake/op.cmake).
+// N:M masks: the n best of every m neighbours. Scores are made in L1, 64 at a time, and never leave
+// it; an element is kept if fewer than n of its group are better, which is counted by comparing a
+// vector with itself, lanes exchanged: m - 1 comparisons a vector, no branch, ties by index. Up
+// to m = 8 that takes about as long as reading the inputs once; above, the comparisons bound it.
+// Groups of a power of two that fill the rows lie as the vectors want them. All others are copied
+// to slots of the next power of two; what pads them is worse than any score.
+// Compiled once per instruction set; no torch header, no static data (see cmake/op.cmake).
 #include <algorithm>
 #include <bit>
 #include <cstring>
@@ -34,12 +33,17 @@ struct KeyRule {
 
   explicit KeyRule(bool largest) : flip(largest ? 0 : -1) {}
 
-  I operator()(Vec<T, kLanes<T>> x) {
+  __attribute__((always_inline)) void operator()(const T* scores, Keys<T>& keys) {
     constexpr Int<T> limit = std::numeric_limits<Int<T>>::max();
-    const I bits = bits_as<I>(x + Vec<T, kLanes<T>>{});
-    const I magnitude = bits & limit;
-    highest = magnitude > highest ? magnitude : highest;
-    return bits ^ ((bits >> (sizeof(T) * 8 - 1)) & limit) ^ flip;
+    constexpr int lanes = kLanes<T>;
+    unroll<64 / lanes>([&](auto v) __attribute__((always_inline)) {
+      Vec<T, lanes> x;
+      std::memcpy(&x, scores + v * lanes, sizeof(x));
+      const I bits = bits_as<I>(x + Vec<T, lanes>{});
+      const I magnitude = bits & limit;
+      highest = magnitude > highest ? magnitude : highest;
+      keys[v] = bits ^ ((bits >> (sizeof(T) * 8 - 1)) & limit) ^ flip;
+    });
   }
 
   // Whether some score was not finite.
@@ -93,7 +97,7 @@ __attribute__((always_inline)) inline uint64_t best(const Keys<T>& keys, int64_t
   using I = Vec<K, lanes>;
   const I enough = I{} - static_cast<K>(n);
   uint64_t kept = 0;
-  unroll<64 / lanes>([&](auto at) __attribute__((always_inline)) {
+  for (int at = 0; at < 64 / lanes; ++at) {
     const I key = keys[at];
     // A partner of lower index is better where it is equal too: above key - 1. As unsigned, since
     // the worst wraps around; that gives a slot's padding wrong ranks, and nobody asks for them.
@@ -117,62 +121,33 @@ __attribute__((always_inline)) inline uint64_t best(const Keys<T>& keys, int64_t
       }
     }
     kept |= uint64_t{bits_greater<lanes, K>(better, enough)} << at * lanes;
-  });
+  }
   return kept;
 }
 
 inline uint64_t lowest_bits(int64_t n) { return n < 64 ? (uint64_t{1} << n) - 1 : ~uint64_t{0}; }
 
-// Calls f(keys, element) for 64 elements at a time of index..index + n, n <= kRun; of the last
-// ones, keys beyond the n-th are of zeros.
-template <typename T, typename Fn>
-inline void for_keys(const Args& a, int64_t index, int64_t n, RunBuffers<T>& buffers,
-                     KeyRule<T>& key_of, Fn&& f) {
-  constexpr int lanes = kLanes<T>;
-  const Inputs<T> x = fetch_words(a.inputs, index, n, buffers);
-  const Ahead<T> ahead(a.inputs);
-  const auto run = [&]<Formula F, Mode M>() {
-    for (int64_t i = 0; i < n; i += 64) {
-      ahead.template ask<F, M>(index + i);
-      Keys<T> keys;
-      unroll<64 / lanes>([&](auto v) __attribute__((always_inline)) {
-        const int64_t at = i + v * lanes;
-        keys[v] = key_of(score_at<F, M, Vec<T, lanes>>(x, at, a.inputs.params, index + at));
-      });
-      f(keys, index + i);
-    }
-  };
-  for_formula(a.inputs.formula, [&]<Formula F>() {
-    if (a.mode == Mode::State)
-      run.template operator()<F, Mode::State>();
-    else
-      run.template operator()<F, Mode::Observe>();
-  });
-}
-
 // Elements first..last where groups are aligned to their size.
 template <int P, typename T>
-void run_aligned(const Args& a, int64_t first, int64_t last, RunBuffers<T>& buffers,
+void run_aligned(const Args& a, int64_t first, int64_t last, Scorer<T>& scorer,
                  KeyRule<T>& key_of) {
-  for (int64_t index = first; index < last; index += kRun)
-    for_keys(a, index, std::min<int64_t>(kRun, last - index), buffers, key_of,
-             [&](const Keys<T>& keys, int64_t at) {
-               const int64_t left = last - at;
-               uint64_t kept = best<P, T>(keys, a.n);
-               if (left >= 64) {
-                 std::memcpy(a.mask + at / 8, &kept, sizeof(kept));
-               } else {
-                 kept &= lowest_bits(left);
-                 std::memcpy(a.mask + at / 8, &kept, static_cast<size_t>((left + 7) / 8));
-               }
-             });
+  scorer.for_words(first, last - first, [&](const T* scores, int64_t at, int64_t left) {
+    Keys<T> keys;
+    key_of(scores, keys);
+    uint64_t kept = best<P, T>(keys, a.n);
+    if (left >= 64) {
+      std::memcpy(a.mask + at / 8, &kept, sizeof(kept));
+    } else {
+      kept &= lowest_bits(left);
+      std::memcpy(a.mask + at / 8, &kept, static_cast<size_t>((left + 7) / 8));
+    }
+  });
 }
 
 // Elements first..last of any groups. A group that sticks out at an end is judged as a whole, here
 // and in the neighbouring unit; each writes its own part.
 template <int P, typename T>
-void run_padded(const Args& a, int64_t first, int64_t last, RunBuffers<T>& buffers,
-                KeyRule<T>& key_of) {
+void run_padded(const Args& a, int64_t first, int64_t last, Scorer<T>& scorer, KeyRule<T>& key_of) {
   constexpr int slots = 64 / P;
   alignas(64) Int<T> keys[kRun];
   uint64_t bits[kUnit / 64 + 2] = {};  // from element `origin` on
@@ -184,7 +159,9 @@ void run_padded(const Args& a, int64_t first, int64_t last, RunBuffers<T>& buffe
     const int64_t inside = std::min(index + kRun - kMaxGroup, last) - 1;
     const int64_t inside_col = inside % a.n_cols;
     const int64_t end = inside - inside_col + std::min((inside_col / a.m + 1) * a.m, a.n_cols);
-    for_keys(a, index, end - index, buffers, key_of, [&](const Keys<T>& made, int64_t at) {
+    scorer.for_words(index, end - index, [&](const T* scores, int64_t at, int64_t) {
+      Keys<T> made;
+      key_of(scores, made);
       std::memcpy(keys + (at - index), &made, sizeof(made));
     });
     for (int64_t at = index; at < end;) {
@@ -215,15 +192,15 @@ void run_padded(const Args& a, int64_t first, int64_t last, RunBuffers<T>& buffe
 
 template <int P, typename T>
 bool run_units(const Args& a, int64_t begin, int64_t end) {
-  RunBuffers<T> buffers;
+  Scorer<T> scorer(a.inputs, a.mode);
   KeyRule<T> key_of(a.largest);
   const bool aligned = a.m == P && a.n_cols % P == 0;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t first = unit * kUnit, last = std::min(first + kUnit, a.numel);
     if (aligned)
-      run_aligned<P>(a, first, last, buffers, key_of);
+      run_aligned<P>(a, first, last, scorer, key_of);
     else
-      run_padded<P>(a, first, last, buffers, key_of);
+      run_padded<P>(a, first, last, scorer, key_of);
   }
   return key_of.bad();
 }

@@ -29,48 +29,40 @@ struct Grid {
         strips((a.n_rows + a.rows - 1) / a.rows) {}
 };
 
-// into[i] = combine(into[i], f.template operator()<V>(i)) for i in [0, n).
-template <Reduce R, typename T, typename F>
-__attribute__((always_inline)) inline void combine_run(T* into, int64_t n, F&& f) {
-  for_lanes<T>(n, [&]<typename V>(int64_t i) {
-    V v;
-    __builtin_memcpy(&v, into + i, sizeof(V));
-    v = combine<R>(v, f.template operator()<V>(i));
-    __builtin_memcpy(into + i, &v, sizeof(V));
+// into[i] = combine(into[i], enter(from[i]))
+template <Reduce R, bool kEnter, typename T>
+inline void combine_run(T* into, const T* from, int64_t n) {
+  for_lanes<T>(n, [&]<typename V>(int64_t i) __attribute__((always_inline)) {
+    V a, b;
+    __builtin_memcpy(&a, into + i, sizeof(V));
+    __builtin_memcpy(&b, from + i, sizeof(V));
+    if constexpr (kEnter) b = enter<R>(b);
+    a = combine<R>(a, b);
+    __builtin_memcpy(into + i, &a, sizeof(V));
   });
 }
 
 // column[c] = rows row..row_end of column col + c, reduced in row order.
-template <Mode M, Reduce R, typename T>
+template <Reduce R, typename T>
 void reduce_columns(const Args& a, int64_t row, int64_t row_end, int64_t col, int64_t n,
                     T* column) {
-  const ScoreInputs& in = a.inputs;
-  RunBuffers<T> buffers;
+  alignas(64) T scores[kRun];
   std::fill_n(column, n, identity<T>(R));
   const bool whole = n == a.n_cols;
-  // Whole rows are one stretch of elements, of parts the next row's does not follow this one.
-  const Ahead<T> ahead(in, whole ? kAhead : a.n_cols);
-  // Short rows go several at a time.
+  // Whole rows are one stretch of elements: short ones go several at a time. Of parts, the next
+  // row's does not follow this one.
   const int64_t step = whole ? std::max<int64_t>(1, kRun / n) : 1;
+  Scorer<T> scorer(a.inputs, a.mode, whole || row + 1 == row_end ? kAhead : a.n_cols);
   for (; row < row_end; row += step) {
-    const int64_t rows = std::min(step, row_end - row);
-    for (int64_t c = 0; c < n; c += kRun) {
-      const int64_t width = std::min<int64_t>(kRun, n - c);
-      const int64_t first = row * a.n_cols + col + c;
-      const Inputs<T> x = fetch(in, first, rows * width, buffers);
-      for_formula(in.formula, [&]<Formula F>() {
-        for (int64_t at = 0; at < rows * width; at += width) {
-          for (int64_t i = 0; i < width; i += 64) {
-            ahead.template ask<F, M>(first + at + i);
-            combine_run<R>(column + c + i, std::min<int64_t>(64, width - i),
-                           [&]<typename V>(int64_t j) {
-                             const int64_t k = at + i + j;
-                             return enter<R>(score_at<F, M, V>(x, k, in.params, first + k));
-                           });
-          }
-        }
-      });
-    }
+    const int64_t rows = std::min(step, row_end - row), first = row * a.n_cols + col;
+    scorer.for_words(first, rows * n, [&](const T* word, int64_t index, int64_t left) {
+      if (rows == 1)
+        combine_run<R, true>(column + (index - first), word, std::min<int64_t>(left, 64));
+      else
+        std::copy_n(word, 64, scores + (index - first));
+    });
+    if (rows == 1) continue;
+    for (int64_t r = 0; r < rows; ++r) combine_run<R, true>(column, scores + r * n, n);
   }
 }
 
@@ -79,11 +71,7 @@ template <Reduce R, typename T>
 inline void fold(T* lanes, const T* column, int64_t n) {
   int64_t i = 0;
   for (; i + kReduceLanes <= n; i += kReduceLanes)
-    combine_run<R>(lanes, kReduceLanes, [&]<typename V>(int64_t j) {
-      V v;
-      __builtin_memcpy(&v, column + i + j, sizeof(V));
-      return v;
-    });
+    combine_run<R, false>(lanes, column + i, kReduceLanes);
   for (int64_t j = 0; i + j < n; ++j) lanes[j] = combine<R>(lanes[j], column[i + j]);
 }
 
@@ -94,7 +82,7 @@ inline T halve(T* lanes) {
   return lanes[0];
 }
 
-template <Mode M, Reduce R, typename T>
+template <Reduce R, typename T>
 void run_blocks(const Args& a, int64_t begin, int64_t end) {
   const Grid grid(a);
   alignas(64) T column[kColumns];
@@ -112,13 +100,13 @@ void run_blocks(const Args& a, int64_t begin, int64_t end) {
       std::fill_n(lanes, kReduceLanes, identity<T>(R));
       for (int64_t c = col; c < col_end; c += kColumns) {
         const int64_t n = std::min<int64_t>(kColumns, col_end - c);
-        reduce_columns<M, R>(a, row, row_end, c, n, column);
+        reduce_columns<R>(a, row, row_end, c, n, column);
         fold<R>(lanes, column, n);
       }
       *out = leave<R>(halve<R>(lanes), (row_end - row) * (col_end - col));
       continue;
     }
-    reduce_columns<M, R>(a, row, row_end, col, col_end - col, column);
+    reduce_columns<R>(a, row, row_end, col, col_end - col, column);
     for (int64_t b = 0; b < block_end - block; ++b) {
       const int64_t first = b * a.cols;
       const int64_t n = std::min(a.cols, col_end - col - first);
@@ -164,11 +152,8 @@ void elements(const Args& args, int64_t begin, int64_t end) {
 }
 
 void blocks(const Args& args, int64_t begin, int64_t end) {
-  for_mode(args.mode, [&]<Mode M>() {
-    for_reduce(args.reduce, [&]<Reduce R>() {
-      args.wide ? run_blocks<M, R, double>(args, begin, end)
-                : run_blocks<M, R, float>(args, begin, end);
-    });
+  for_reduce(args.reduce, [&]<Reduce R>() {
+    args.wide ? run_blocks<R, double>(args, begin, end) : run_blocks<R, float>(args, begin, end);
   });
 }
 

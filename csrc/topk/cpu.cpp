@@ -74,26 +74,21 @@ struct Classes {
   bool bad;  // some score is an error
 };
 
-// Classes of the scores of 64 elements, from the i-th of x on, which is element `index`; the scores
-// themselves go to `scores`. Nothing else leaves the registers: the fewer instructions stand
-// between two loads, the more of those are under way at a time.
-template <Formula F, Mode M, typename T>
-__attribute__((always_inline)) inline Classes classify(const Inputs<T>& x, int64_t i,
-                                                       const ScoreParams& params, int64_t index,
-                                                       const KeyRule<T>& rule, T* scores) {
+template <typename T>
+inline Classes classify(const T* scores, const KeyRule<T>& rule) {
   constexpr int lanes = kLanes<T>;
   using V = Vec<T, lanes>;
   using I = Int<V>;
   uint64_t larger = 0, smaller = 0;
   I largest{};
   unroll<64 / lanes>([&](auto step) __attribute__((always_inline)) {
-    constexpr int j = step * lanes;
-    const V score = score_at<F, M, V>(x, i + j, params, index + j);
-    std::memcpy(scores + j, &score, sizeof(V));
-    const I order = rule.order(score);
-    larger |= uint64_t{bits_greater<lanes, Int<T>>(order, I{} + rule.high)} << j;
-    smaller |= uint64_t{bits_greater<lanes, Int<T>>(I{} + rule.low, order)} << j;
-    const I magnitude = rule.magnitude(score);
+    constexpr int i = step * lanes;
+    V x;
+    std::memcpy(&x, scores + i, sizeof(x));
+    const I order = rule.order(x);
+    larger |= uint64_t{bits_greater<lanes, Int<T>>(order, I{} + rule.high)} << i;
+    smaller |= uint64_t{bits_greater<lanes, Int<T>>(I{} + rule.low, order)} << i;
+    const I magnitude = rule.magnitude(x);
     largest = magnitude > largest ? magnitude : largest;
   });
   return {rule.flip ? smaller : larger, ~(larger | smaller),
@@ -143,43 +138,22 @@ inline bool any_bad(const T* scores, const KeyRule<T>& rule, uint64_t alive) {
   return bad;
 }
 
-// Calls f.template operator()<F, M>() for the formula and the mode of a selection.
-template <typename Fn>
-inline void for_scores(Formula formula, Mode mode, Fn&& f) {
-  for_formula(formula, [&]<Formula F>() {
-    if (mode == Mode::State)
-      f.template operator()<F, Mode::State>();
-    else
-      f.template operator()<F, Mode::Observe>();
-  });
-}
-
 // Calls f(scores, classes of the living, element, how many are left) for every 64 elements of a
 // chunk; 64 scores can be read.
-template <typename T, typename Fn>
+template <typename T, typename F>
 inline void for_words(const Search& s, const Item& item, const KeyRule<T>& rule, int64_t first,
-                      int64_t n, RunBuffers<T>& buffers, Fn&& f) {
-  const ScoreInputs& in = item.inputs;
-  const Ahead<T> ahead(in);
-  for (int64_t begin = 0; begin < n; begin += kRun) {
-    const int64_t count = std::min<int64_t>(kRun, n - begin);
-    const Inputs<T> x = fetch_words(in, first + begin, count, buffers);
-    for_scores(in.formula, s.mode, [&]<Formula F, Mode M>() {
-      for (int64_t i = 0; i < count; i += 64) {
-        const int64_t index = first + begin + i, left = count - i;
-        ahead.template ask<F, M>(index);
-        alignas(64) T scores[64];
-        Classes c = classify<F, M>(x, i, in.params, index, rule, scores);
-        if (item.alive || left < 64) {
-          const uint64_t alive = mask_word(item.alive, index, left);
-          c.above &= alive;
-          c.inside &= alive;
-          c.bad = c.bad && any_bad(scores, rule, alive);
-        }
-        f(scores, c, begin + i, left);
-      }
-    });
-  }
+                      int64_t n, F&& f) {
+  Scorer<T> scorer(item.inputs, s.mode);
+  scorer.for_words(first, n, [&](const T* scores, int64_t index, int64_t left) {
+    Classes c = classify(scores, rule);
+    if (item.alive || left < 64) {
+      const uint64_t alive = mask_word(item.alive, index, left);
+      c.above &= alive;
+      c.inside &= alive;
+      c.bad = c.bad && any_bad(scores, rule, alive);
+    }
+    f(scores, c, index - first, left);
+  });
 }
 
 inline void store_mask(const Item& item, int64_t index, int64_t left, uint64_t bits) {
@@ -316,7 +290,6 @@ template <typename T>
 void run_sweep(Search& s, int64_t begin, int64_t end) {
   using K = Int<T>;
   const KeyRule<T> rule(s);
-  RunBuffers<T> buffers;
   alignas(64) K keys[kChunk + 1];
   uint16_t offsets[kChunk + 1];
   const bool collect = s.low < s.high;
@@ -325,7 +298,7 @@ void run_sweep(Search& s, int64_t begin, int64_t end) {
              [&](const Item& item, int64_t i, int64_t chunk, int64_t first, int64_t n) {
                int64_t inside = 0, collected = 0;
                bool bad = false;
-               for_words<T>(s, item, rule, first, n, buffers,
+               for_words<T>(s, item, rule, first, n,
                             [&](const T* scores, const Classes& c, int64_t at, int64_t left) {
                               store_mask(item, first + at, left, c.above);
                               bad |= c.bad;
@@ -384,20 +357,17 @@ void run_choose(Search& s, int64_t begin, int64_t end) {
 template <typename T>
 void run_histogram(Search& s, int64_t begin, int64_t end) {
   const KeyRule<T> rule(s);
-  RunBuffers<T> buffers;
   int64_t histogram[kBins] = {};
   int64_t bad_item = s.n_items;
   for_chunks(s, begin, end, [&](const Item& item, int64_t i, int64_t, int64_t first, int64_t n) {
     int64_t above = 0, inside = 0;
     bool bad = false;
-    for_words<T>(
-        s, item, rule, first, n, buffers, [&](const T* scores, const Classes& c, int64_t, int64_t) {
-          bad |= c.bad;
-          above += __builtin_popcountll(c.above);
-          inside += __builtin_popcountll(c.inside);
-          for_bits(c.inside,
-                   [&](int j) { ++histogram[bin_of(rule.key(scores[j]), s.low, s.shift)]; });
-        });
+    for_words<T>(s, item, rule, first, n, [&](const T* scores, const Classes& c, int64_t, int64_t) {
+      bad |= c.bad;
+      above += __builtin_popcountll(c.above);
+      inside += __builtin_popcountll(c.inside);
+      for_bits(c.inside, [&](int j) { ++histogram[bin_of(rule.key(scores[j]), s.low, s.shift)]; });
+    });
     if (bad) bad_item = std::min(bad_item, i);
     if (!item.counts) return;
     add_atomically(item.counts[0], above);
@@ -412,11 +382,10 @@ void run_histogram(Search& s, int64_t begin, int64_t end) {
 template <typename T>
 void run_fill(Search& s, int64_t begin, int64_t end) {
   const KeyRule<T> rule(s);
-  RunBuffers<T> buffers;
   for_chunks(s, begin, end,
              [&](const Item& item, int64_t, int64_t chunk, int64_t first, int64_t n) {
                int64_t ties = chunk + 1 < s.n_tasks ? n : s.ties;
-               for_words<T>(s, item, rule, first, n, buffers,
+               for_words<T>(s, item, rule, first, n,
                             [&](const T*, const Classes& c, int64_t at, int64_t left) {
                               uint64_t kept = c.inside;
                               while (__builtin_popcountll(kept) > ties)
